@@ -1,0 +1,9 @@
+"""RT-DETRv2-R18 with discrete sampling: 36 epochs from the trained R18 (published: 47.4 AP)."""
+
+from ..common.coco_schedule import train_for
+from .rtdetrv2_r18_coco import dataloader, lr_multiplier, model, optimizer, train
+
+model.decoder.cross_attn_method = "discrete"
+train.output_dir = "./output/rtdetrv2_r18_dsp_coco"
+train.init_checkpoint = "./output/rtdetrv2_r18_coco/model_final.pth"
+train_for(36, 3, train, dataloader, model)

@@ -1,0 +1,110 @@
+"""Weights released by others, into our models; and safe loading."""
+
+import logging
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+# Upstream's buffers that follow from sizes; here they are computed.
+COMPUTED = re.compile(r"(^|\.)(anchors|valid_mask|num_points_scale|pos_embed\d*)$")
+
+# Older or other upstream names of the same parameters.
+RENAMES = (
+    # RT-DETR v1 numbers what v2 names.
+    (re.compile(r"^((?:encoder|decoder)\.input_proj\.\d+)\.0\."), r"\1.conv."),
+    (re.compile(r"^((?:encoder|decoder)\.input_proj\.\d+)\.1\."), r"\1.norm."),
+    (re.compile(r"^decoder\.enc_output\.0\."), "decoder.enc_output.proj."),
+    (re.compile(r"^decoder\.enc_output\.1\."), "decoder.enc_output.norm."),
+    # RT-DETR's HGNetv2 has its padding inside, and other names than D-FINE's.
+    (re.compile(r"(\.stem2[ab]\.conv)\.1\."), r"\1."),
+    (re.compile(r"\.aggregation_squeeze_conv\."), ".aggregation.0."),
+    (re.compile(r"\.aggregation_excitation_conv\."), ".aggregation.1."),
+)
+
+# What depends on the number of classes and may start anew for another data set.
+CLASS_HEADS = re.compile(r"^decoder\.(enc_score_head|dec_score_head\.\d+|denoising_class_embed)\.")
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read the weights of an upstream or Detectron2 checkpoint, the averaged ones if it has any.
+
+    Nothing is unpickled but tensors and plain containers.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is no checkpoint or holds no state dict.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path}: not a checkpoint that is safe to read: {error}") from error
+    return unwrap(checkpoint, str(path))
+
+
+def unwrap(checkpoint: dict, source: str) -> dict[str, Tensor]:
+    """The state dict inside of a checkpoint: ``ema.module``, else ``model``, else itself."""
+    state = checkpoint
+    for keys in (("ema", "module"), ("ema",), ("model",)):
+        inner = checkpoint
+        for key in keys:
+            inner = inner.get(key) if isinstance(inner, dict) else None
+        if isinstance(inner, dict) and inner:
+            state = inner
+            break
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{source}: holds no state dict under ema.module, model or at its top")
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def rename(key: str) -> str:
+    for pattern, replacement in RENAMES:
+        key = pattern.sub(replacement, key)
+    return key
+
+
+def load_upstream(model: nn.Module, source: str | Path | dict) -> None:
+    """Load released RT-DETR or RT-DETRv2 weights into a detector, in place.
+
+    A state dict whose keys all belong to the backbone (an ImageNet model) goes there alone.
+    Class heads of another number of classes keep their fresh initialisation, with a warning.
+
+    Args:
+        model: a :class:`DETRDetector`.
+        source: path of a checkpoint, or a state dict (also one wrapped as upstream does).
+
+    Raises:
+        ValueError: on a key or shape that has no place in the model, or on a parameter of the
+            model that the checkpoint lacks.
+    """
+    if isinstance(source, dict):
+        state, name = unwrap(source, "state dict"), "state dict"
+    else:
+        state, name = read_state_dict(source), str(source)
+    state = {rename(key): value for key, value in state.items() if not COMPUTED.search(key)}
+
+    module = model
+    if hasattr(model, "backbone") and state.keys() <= model.backbone.state_dict().keys():
+        module = model.backbone
+    wanted = {k: v for k, v in module.state_dict().items() if not k.startswith("clock.")}
+    unknown = sorted(state.keys() - wanted.keys() - {"clock.steps"})
+    missing = sorted(wanted.keys() - state.keys())
+    if unknown or missing:
+        raise ValueError(
+            f"{name} does not fit the model: "
+            f"{len(unknown)} keys without a place {unknown[:5]}, "
+            f"{len(missing)} parameters without a key {missing[:5]}"
+        )
+    resized = [k for k in wanted if state[k].shape != wanted[k].shape]
+    wrong = [k for k in resized if not CLASS_HEADS.match(k)]
+    if wrong:
+        shapes = f"{tuple(state[wrong[0]].shape)}, the model's {tuple(wanted[wrong[0]].shape)}"
+        raise ValueError(f"{name} does not fit the model: {wrong[0]} has shape {shapes}")
+    if resized:
+        logger.warning("%s: another number of classes; left fresh: %s", name, ", ".join(resized))
+    module.load_state_dict({k: state[k] for k in wanted if k not in resized}, strict=False)

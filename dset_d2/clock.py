@@ -1,0 +1,41 @@
+"""The count of training steps, which all schedules read."""
+
+from multiprocessing.sharedctypes import RawValue
+
+import torch
+from torch import nn
+
+# The detector's count as data-loading workers see it: they run in other processes, where no
+# trainer and no model exist. It may lag by the batches that wait in the queue.
+shared_step = RawValue("q", 0)
+
+
+class TrainingClock(nn.Module):
+    """Counts training steps in a persistent buffer.
+
+    Checkpoints, averaged weights and foreign training loops therefore agree on it. The host's
+    copy is read from the buffer once after loading, so that no step waits for a GPU.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self._host: int | None = None
+        self.register_load_state_dict_post_hook(TrainingClock._forget)
+
+    def _forget(self, incompatible_keys) -> None:
+        self._host = None
+
+    def __int__(self) -> int:
+        """Steps that have begun."""
+        if self._host is None:
+            self._host = int(self.steps)
+        return self._host
+
+    def tick(self) -> int:
+        """Begin a training step and return how many were begun before it."""
+        step = int(self)
+        self._host = step + 1
+        self.steps += 1
+        shared_step.value = step
+        return step

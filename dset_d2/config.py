@@ -1,0 +1,82 @@
+"""Configurations: the LazyConfig files of this project, and the keys of Detectron2's older
+``CfgNode`` system that the registered classes read."""
+
+from pathlib import Path
+
+from detectron2.config import CfgNode, LazyConfig
+from omegaconf import DictConfig
+
+PACKAGE = Path(__file__).parent
+
+
+def load_config(path: str) -> DictConfig:
+    """Load a config file of the user's, or one of the project's by its path from the root."""
+    return LazyConfig.load(path) if Path(path).is_file() else get_config(path)
+
+
+def get_config(path: str) -> DictConfig:
+    """Load one of the project's configs by its path from the repository's root.
+
+    Works in a checkout and when installed, e.g.
+    ``get_config("configs/rtdetr/rtdetrv2_r18_coco.py")``.
+
+    Raises:
+        FileNotFoundError: if there is no such config; the message lists its neighbours.
+    """
+    for root in (PACKAGE.parent, PACKAGE):
+        if (root / path).is_file():
+            return LazyConfig.load(str(root / path))
+    roots = [root / Path(path).parent for root in (PACKAGE.parent, PACKAGE)]
+    known = sorted({file.name for root in roots for file in root.glob("*.py")})
+    raise FileNotFoundError(f"no config {path!r}; in its folder are: {', '.join(known) or 'none'}")
+
+
+def add_detr_config(cfg: CfgNode) -> None:
+    """Add the keys of this project's registered classes to a ``CfgNode``, in place."""
+    cfg.MODEL.PIXEL_MEAN = [0.0, 0.0, 0.0]
+    cfg.MODEL.PIXEL_STD = [255.0, 255.0, 255.0]
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.TEST.DETECTIONS_PER_IMAGE = 300
+    cfg.MODEL.PRESNET = CfgNode(
+        {
+            "DEPTH": 18,
+            "FREEZE_AT": -1,
+            "FREEZE_NORM": False,
+            "OUT_FEATURES": ["res3", "res4", "res5"],
+        }
+    )
+    cfg.MODEL.HGNETV2 = CfgNode(
+        {
+            "NAME": "L",
+            "FREEZE_AT": 0,
+            "FREEZE_NORM": True,
+            "OUT_FEATURES": ["stage2", "stage3", "stage4"],
+        }
+    )
+    cfg.MODEL.ENCODER = CfgNode(
+        {
+            "NAME": "HybridEncoder",
+            "HIDDEN_DIM": 256,
+            "NUM_HEADS": 8,
+            "DIM_FEEDFORWARD": 1024,
+            "DROPOUT": 0.0,
+            "NUM_LAYERS": 1,
+            "EXPANSION": 0.5,
+            "DEPTH_MULT": 1.0,
+        }
+    )
+    cfg.MODEL.DECODER = CfgNode(
+        {
+            "NUM_CLASSES": 80,
+            "HIDDEN_DIM": 256,
+            "NUM_QUERIES": 300,
+            "NUM_HEADS": 8,
+            "NUM_LAYERS": 3,
+            "DIM_FEEDFORWARD": 1024,
+            "EVAL_IDX": -1,
+            "NUM_POINTS": [4, 4, 4],
+            "CROSS_ATTN_METHOD": "default",
+            "QUERY_SELECT_METHOD": "default",
+            "NUM_DENOISING": 100,
+        }
+    )

@@ -1,0 +1,344 @@
+"""DAIR-V2X (https://arxiv.org/abs/2204.05575) as Detectron2 data sets.
+
+Registers, by the official layouts under ``$DETECTRON2_DATASETS/dair-v2x``:
+
+=============================  ======================================  ======================
+data set                       folder                                  split file
+=============================  ======================================  ======================
+``dair_v2x_i_{split}``         single-infrastructure-side              single-infrastructure
+``dair_v2x_v_{split}``         single-vehicle-side                     single-vehicle
+``dair_v2x_c_i_{split}``       cooperative-vehicle-infrastructure/     cooperative
+                               infrastructure-side
+``dair_v2x_c_v_{split}``       cooperative-vehicle-infrastructure/     cooperative
+                               vehicle-side
+=============================  ======================================  ======================
+
+Split files are ``split_datas/<name>-split-data.json``, as in the official repository. Nothing is
+read before a data set is used. Each is also registered with ten classes as ``..._10cls``.
+"""
+
+import json
+import logging
+import math
+import os
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+CLASSES_8 = (
+    "Car",
+    "Truck",
+    "Van",
+    "Bus",
+    "Pedestrian",
+    "Cyclist",
+    "Motorcyclist",
+    "Trafficcone",
+)
+CLASSES_10 = CLASSES_8 + ("Tricyclist", "Barrowlist")
+
+# Spellings are compared in lower case without underscores.
+SYNONYMS = {"barrow": "barrowlist"}
+MERGED_8 = {"tricyclist": "cyclist", "barrowlist": "cyclist"}
+
+# What an ignore type may hide: a region for each of these classes, in evaluation only.
+VEHICLES = ("Car", "Truck", "Van", "Bus")
+IGNORED = {
+    "pedestrianignore": ("Pedestrian",),
+    "carignore": VEHICLES,
+    "otherignore": None,  # any class
+    "unknownmovable": None,
+    "unknownunmovable": None,
+}
+
+# name: (folder, split file, keys of the split inside of that file)
+SIDES = {
+    "i": ("single-infrastructure-side", "single-infrastructure", ()),
+    "v": ("single-vehicle-side", "single-vehicle", ()),
+    "c_i": (
+        "cooperative-vehicle-infrastructure/infrastructure-side",
+        "cooperative",
+        ("infrastructure_split",),
+    ),
+    "c_v": (
+        "cooperative-vehicle-infrastructure/vehicle-side",
+        "cooperative",
+        ("vehicle_split",),
+    ),
+}
+SPLITS = ("train", "val", "test")
+
+
+class DataError(ValueError):
+    """A data set's file is missing or wrong; the message names the file and the record."""
+
+
+def read_json(path: Path, kind: type) -> list | dict:
+    """Parse a JSON file whose top level must be ``kind``."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(content, kind):
+        raise DataError(f"{path}: expected a {kind.__name__}, found {type(content).__name__}")
+    return content
+
+
+def number(record: dict, key: str, where: str) -> float:
+    """A finite number that may be written as a string."""
+    try:
+        value = float(record[key])
+    except KeyError:
+        raise DataError(f"{where}: no field {key!r}") from None
+    except (TypeError, ValueError):
+        raise DataError(f"{where}: field {key!r} is {record[key]!r}, not a number") from None
+    if not math.isfinite(value):
+        raise DataError(f"{where}: field {key!r} is {record[key]!r}, not finite")
+    return value
+
+
+def state(record: dict, key: str, where: str) -> int:
+    """An occlusion or truncation state, 0 (none) to 2; 0 where it is absent."""
+    if key not in record:
+        return 0
+    value = number(record, key, where)
+    if value not in (0, 1, 2):
+        raise DataError(f"{where}: field {key!r} is {record[key]!r}, not 0, 1 or 2")
+    return int(value)
+
+
+def class_map(classes: tuple[str, ...]) -> dict[str, int]:
+    """Contiguous id of every known spelling, in lower case without underscores."""
+    ids = {name.lower(): index for index, name in enumerate(classes)}
+    for merged, target in MERGED_8.items():
+        ids.setdefault(merged, ids[target])
+    for spelling, name in SYNONYMS.items():
+        ids[spelling] = ids[name]
+    return ids
+
+
+def read_label(
+    path: Path, size: tuple[int, int], classes: tuple[str, ...], counts: Counter
+) -> list[dict]:
+    """Annotations of one label file.
+
+    Args:
+        size: (height, width) of the image that boxes are clipped to.
+        counts: gets ``clipped``, ``dropped`` and ``ignored`` boxes added.
+
+    Returns:
+        Detectron2 annotations with ``occluded_state`` and ``truncated_state``; ignore types are
+        ``iscrowd`` regions, one for each class that they may stand for.
+
+    Raises:
+        DataError: on a malformed file or an unknown type, naming the record.
+    """
+    ids = class_map(classes)
+    annotations = []
+    for index, record in enumerate(read_json(path, list)):
+        where = f"{path}: record {index}"
+        if not isinstance(record, dict) or not isinstance(record.get("2d_box"), dict):
+            raise DataError(f"{where}: no object with a '2d_box'")
+        kind = str(record.get("type", "")).lower().replace("_", "")
+        if kind in IGNORED:
+            hidden = IGNORED[kind] or classes
+            categories = [ids[name.lower()] for name in hidden]
+        elif kind in ids:
+            categories = [ids[kind]]
+        else:
+            raise DataError(f"{where}: unknown type {record.get('type')!r}")
+        box = clip_box(record["2d_box"], size, where, counts)
+        if box is None:
+            continue
+        counts["ignored"] += kind in IGNORED
+        common = {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "iscrowd": int(kind in IGNORED)}
+        if kind not in IGNORED:
+            for key in ("occluded_state", "truncated_state"):
+                common[key] = state(record, key, where)
+        annotations += [common | {"category_id": category} for category in categories]
+    return annotations
+
+
+def clip_box(
+    record: dict, size: tuple[int, int], where: str, counts: Counter
+) -> list[float] | None:
+    """The box inside of the image, or None if less than a pixel's width or height is left."""
+    height, width = size
+    box = [number(record, key, where) for key in ("xmin", "ymin", "xmax", "ymax")]
+    clipped = [min(max(v, 0.0), limit) for v, limit in zip(box, (width, height) * 2)]
+    if clipped[2] - clipped[0] < 1 or clipped[3] - clipped[1] < 1:
+        counts["dropped"] += 1
+        return None
+    counts["clipped"] += clipped != box
+    return clipped
+
+
+def read_split(path: Path, keys: tuple[str, ...], split: str) -> set[str]:
+    """Image ids of a split; cooperative files nest one split per side."""
+    content = read_json(path, dict)
+    for key in (*keys, split):
+        if not isinstance(content, dict) or key not in content:
+            raise DataError(f"{path}: no key {key!r}")
+        content = content[key]
+    if not isinstance(content, list):
+        raise DataError(f"{path}: {split!r} is not a list")
+    return {str(stem) for stem in content}
+
+
+def label_path(root: Path, record: dict, stem: str) -> Path:
+    """Where the camera labels are; the official code and its README name the key differently."""
+    for key in ("label_camera_std_path", "label_camera_path"):
+        if record.get(key):
+            return root / record[key]
+    return root / "label" / "camera" / f"{stem}.json"
+
+
+def image_roots(root: Path) -> list[Path]:
+    """Folders that ``image/...`` may be relative to: some zips unpack beside their side."""
+    names = (f"{root.name}-image", f"{root.parent.name}-{root.name}-image")
+    return [root] + [folder / name for folder in root.parents[:2] for name in names]
+
+
+def find_image(roots: list[Path], relative: str) -> Path | None:
+    """The image in one of the roots, as the record has it or, in a sibling folder, flat."""
+    for root in roots:
+        for path in (root / relative, root / Path(relative).name):
+            if path.is_file():
+                return path
+    return None
+
+
+def load_dair_v2x(
+    root: str | Path,
+    split_file: str | Path,
+    split: str,
+    split_keys: tuple[str, ...] = (),
+    classes: tuple[str, ...] = CLASSES_8,
+    image_root: str | Path | None = None,
+) -> list[dict]:
+    """Read one side of DAIR-V2X as Detectron2 dicts.
+
+    Images of the split that are not on disk, among them the unreleased test images, are left out
+    and counted in one warning, as are clipped and dropped boxes.
+
+    Args:
+        root: a side's folder, with ``data_info.json``.
+        split_file: the official split file.
+        split: "train", "val" or "test".
+        split_keys: where the split lies inside of the file.
+        classes: :data:`CLASSES_8` or :data:`CLASSES_10`.
+        image_root: folder that the records' ``image/...`` is relative to, if not ``root``.
+
+    Raises:
+        DataError: on a missing or malformed file, naming the file and the record.
+    """
+    root, split_file = Path(root), Path(split_file)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; set DETECTRON2_DATASETS to where dair-v2x is")
+    wanted = read_split(split_file, split_keys, split)
+    roots = [Path(image_root)] if image_root else image_roots(root)
+    counts = Counter()
+    dataset = []
+    info = root / "data_info.json"
+    for index, record in enumerate(read_json(info, list)):
+        where = f"{info}: record {index}"
+        if not isinstance(record, dict) or not isinstance(record.get("image_path"), str):
+            raise DataError(f"{where}: no 'image_path'")
+        stem = Path(record["image_path"]).stem
+        if stem not in wanted:
+            continue
+        wanted.remove(stem)
+        if not stem.isdecimal():
+            raise DataError(f"{where}: image name {stem!r} is not a number")
+        image = find_image(roots, record["image_path"])
+        if image is None:
+            counts["missing images"] += 1
+            continue
+        labels = label_path(root, record, stem)
+        if not labels.is_file() and split != "test":
+            counts["missing labels"] += 1
+            continue
+        size = image_size(image)
+        annotations = read_label(labels, size, classes, counts) if labels.is_file() else []
+        dataset.append(
+            {
+                "file_name": str(image),
+                "image_id": int(stem),
+                "height": size[0],
+                "width": size[1],
+                "annotations": annotations,
+            }
+        )
+    counts["missing images"] += len(wanted)
+    summary = ", ".join(f"{value} {key}" for key, value in sorted(counts.items()) if value)
+    unusual = {key for key, value in counts.items() if value} - {"ignored"}
+    log = logger.warning if unusual else logger.info
+    log("%s %s: %d images; %s", root, split, len(dataset), summary or "nothing unusual")
+    if not dataset:
+        raise DataError(f"{root}: nothing of split {split!r} of {split_file} is usable: {summary}")
+    return dataset
+
+
+def to_coco(dataset: list[dict], classes: tuple[str, ...], root: str | Path) -> dict:
+    """COCO annotation content of Detectron2 dicts; ids follow from the dicts' order alone.
+
+    Category ids start at 1, in the order of ``classes``; file names are relative to ``root``.
+    """
+    images, annotations = [], []
+    for record in dataset:
+        file_name = os.path.relpath(record["file_name"], root)
+        size = {key: record[key] for key in ("height", "width")}
+        images.append({"id": record["image_id"], "file_name": file_name, **size})
+        for annotation in record["annotations"]:
+            x, y, x2, y2 = annotation["bbox"]
+            states = {k: v for k, v in annotation.items() if k.endswith("_state")}
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": record["image_id"],
+                    "category_id": annotation["category_id"] + 1,
+                    "bbox": [x, y, x2 - x, y2 - y],
+                    "area": (x2 - x) * (y2 - y),
+                    "iscrowd": annotation["iscrowd"],
+                    **states,
+                }
+            )
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(classes)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) from the file's header."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except OSError as error:
+        raise DataError(f"{path}: cannot read this image: {error}") from None
+
+
+def load_registered(side: str, split: str, classes: tuple[str, ...]) -> list[dict]:
+    """Load by the official layout, from where ``$DETECTRON2_DATASETS`` points now."""
+    base = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser() / "dair-v2x"
+    folder, split_name, keys = SIDES[side]
+    split_file = base / "split_datas" / f"{split_name}-split-data.json"
+    return load_dair_v2x(base / folder, split_file, split, keys, classes)
+
+
+def register_all() -> None:
+    for side in SIDES:
+        for split in SPLITS:
+            for classes, suffix in ((CLASSES_8, ""), (CLASSES_10, "_10cls")):
+                name = f"dair_v2x_{side}_{split}{suffix}"
+                DatasetCatalog.register(name, partial(load_registered, side, split, classes))
+                MetadataCatalog.get(name).set(thing_classes=list(classes), evaluator_type="coco")
+
+
+register_all()

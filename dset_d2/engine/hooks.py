@@ -1,0 +1,78 @@
+"""Hooks of our launcher: averaged weights, the best checkpoint, early stopping."""
+
+import logging
+import math
+
+from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
+from torch import nn
+
+from .ema import ModelEMA
+
+logger = logging.getLogger(__name__)
+
+
+class EMAHook(HookBase):
+    """Updates the average after every step."""
+
+    def __init__(self, ema: ModelEMA, model: nn.Module) -> None:
+        self.ema = ema
+        self.model = model
+
+    def after_step(self) -> None:
+        self.ema.update(self.model)
+
+
+class BestCheckpointer(hooks.BestCheckpointer):
+    """Detectron2's, but a resumed run remembers the best metric so far."""
+
+    def state_dict(self) -> dict:
+        return {"best_metric": self.best_metric, "best_iter": self.best_iter}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best_metric = state["best_metric"]
+        self.best_iter = state["best_iter"]
+
+
+class EarlyStopping(HookBase):
+    """Stops training when a metric has not improved for ``patience`` evaluations.
+
+    Must come after the hook that evaluates. Evaluations without the metric (NaN or absent) count
+    as no improvement.
+    """
+
+    def __init__(self, eval_period: int, metric: str, patience: int) -> None:
+        if patience < 1:
+            raise ValueError(f"patience={patience} must be at least 1")
+        self.eval_period = eval_period
+        self.metric = metric
+        self.patience = patience
+        self.best = -math.inf
+        self.evaluations_since = 0
+
+    def after_step(self) -> None:
+        if self.eval_period <= 0 or (self.trainer.iter + 1) % self.eval_period:
+            return
+        value, iteration = self.trainer.storage.latest().get(self.metric, (math.nan, -1))
+        if iteration == self.trainer.iter and value > self.best:
+            self.best = value
+            self.evaluations_since = 0
+        else:
+            self.evaluations_since += 1
+        # Only the main process knows the metric; all must stop together.
+        enough = comm.is_main_process() and self.evaluations_since >= self.patience
+        if any(comm.all_gather(enough)):
+            logger.info(
+                "Stopping early: %s did not rise above %.4f in %d evaluations",
+                self.metric,
+                self.best,
+                self.patience,
+            )
+            self.trainer.stop_early()
+
+    def state_dict(self) -> dict:
+        return {"best": self.best, "evaluations_since": self.evaluations_since}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best = state["best"]
+        self.evaluations_since = state["evaluations_since"]

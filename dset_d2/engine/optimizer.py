@@ -1,0 +1,57 @@
+"""The recipe's optimizer and learning-rate schedule."""
+
+import torch
+from detectron2.solver import WarmupParamScheduler
+from detectron2.solver.build import get_default_optimizer_params
+from fvcore.common.param_scheduler import ConstantParamScheduler
+from torch import nn
+
+
+def parameter_groups(
+    model: nn.Module, base_lr: float, weight_decay: float, backbone_factor: float = 1.0
+) -> list[dict]:
+    """Parameter groups: norms (by module type) and biases without decay, the backbone slower.
+
+    Args:
+        backbone_factor: learning rate of ``model.backbone`` relative to ``base_lr``.
+    """
+    return get_default_optimizer_params(
+        model,
+        base_lr=base_lr,
+        weight_decay=weight_decay,
+        weight_decay_norm=0.0,
+        weight_decay_bias=0.0,
+        lr_factor_func=lambda name: backbone_factor if name.startswith("backbone.") else 1.0,
+        overrides={"in_proj_bias": {"weight_decay": 0.0}},
+    )
+
+
+def build_adamw(
+    params: list[dict],
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    clip_norm: float = 0.1,
+) -> torch.optim.AdamW:
+    """AdamW that clips the norm of all gradients together before each step.
+
+    Clipping inside of ``step`` works with every trainer, and under AMP after unscaling.
+    """
+    if clip_norm <= 0:
+        raise ValueError(f"clip_norm={clip_norm} must be positive")
+    optimizer = torch.optim.AdamW(params, lr=lr, betas=tuple(betas), weight_decay=weight_decay)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def clip(*_) -> None:
+        nn.utils.clip_grad_norm_(parameters, clip_norm)
+
+    optimizer.register_step_pre_hook(clip)
+    return optimizer
+
+
+def warmup_constant(max_iter: int, warmup_iters: int) -> WarmupParamScheduler:
+    """Linear warm-up over ``warmup_iters`` of ``max_iter`` steps, then a constant rate."""
+    if warmup_iters < 1:
+        raise ValueError(f"warmup_iters={warmup_iters} must be at least 1")
+    length = min(1.0, warmup_iters / max_iter)
+    return WarmupParamScheduler(ConstantParamScheduler(1.0), 1 / warmup_iters, length, "linear")

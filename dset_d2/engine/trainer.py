@@ -1,0 +1,87 @@
+"""Detectron2's trainers with an early end, and a checkpointer that never leaves half a file."""
+
+import math
+import os
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import AMPTrainer, SimpleTrainer
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from ..files import write_atomically
+
+
+class _EarlyEnd:
+    """Adds :meth:`stop_early` to a Detectron2 trainer."""
+
+    stopped = False
+
+    def stop_early(self) -> None:
+        """End training after the present step as if it were the last one."""
+        self.stopped = True
+
+    def train(self, start_iter: int, max_iter: int) -> None:
+        self.iter = self.start_iter = start_iter
+        self.max_iter = max_iter
+        with EventStorage(start_iter) as self.storage:
+            try:
+                self.before_train()
+                for self.iter in range(start_iter, max_iter):
+                    self.before_step()
+                    self.run_step()
+                    self.after_step()
+                    if self.stopped:
+                        break
+                self.iter += 1
+            finally:
+                self.after_train()
+
+    def _write_metrics(self, loss_dict: dict[str, Tensor], *args, **kwargs) -> None:
+        try:
+            super()._write_metrics(loss_dict, *args, **kwargs)
+        except FloatingPointError:
+            bad = {k: float(v) for k, v in loss_dict.items() if not math.isfinite(v)}
+            where = "" if bad else " on another process"
+            message = f"training stops at iteration {self.iter}: losses not finite{where}: {bad}"
+            raise FloatingPointError(message) from None
+
+
+class Trainer(_EarlyEnd, SimpleTrainer):
+    pass
+
+
+class MixedPrecisionTrainer(_EarlyEnd, AMPTrainer):
+    pass
+
+
+class AtomicCheckpointer(DetectionCheckpointer):
+    """Writes a checkpoint beside its place and moves it there when it is complete.
+
+    A run that is killed while saving keeps its previous checkpoint.
+
+    Args:
+        tag_last: whether ``--resume`` shall find what this saves.
+    """
+
+    def __init__(
+        self, model: nn.Module, save_dir: str, *, tag_last: bool = True, **checkpointables
+    ) -> None:
+        super().__init__(model, save_dir, **checkpointables)
+        self.tag_last = tag_last
+
+    def save(self, name: str, **kwargs) -> None:
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict()}
+        data |= {key: value.state_dict() for key, value in self.checkpointables.items()}
+        data |= kwargs
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        write_atomically(path, lambda file: torch.save(data, file))
+        if self.tag_last:
+            self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        path = os.path.join(self.save_dir, "last_checkpoint")
+        write_atomically(path, lambda file: file.write(last_filename_basename.encode()))

@@ -1,0 +1,17 @@
+from .backbone import HGNetv2, PResNet
+from .criterion import HungarianMatcher, SetCriterion
+from .decoder import RTDETRDecoder
+from .detector import DETRDetector
+from .encoder import ENCODER_REGISTRY, HybridEncoder, build_encoder
+
+__all__ = [
+    "DETRDetector",
+    "ENCODER_REGISTRY",
+    "HGNetv2",
+    "HungarianMatcher",
+    "HybridEncoder",
+    "PResNet",
+    "RTDETRDecoder",
+    "SetCriterion",
+    "build_encoder",
+]

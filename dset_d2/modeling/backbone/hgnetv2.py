@@ -1,0 +1,212 @@
+"""PP-HGNetV2, the backbone of RT-DETR-L and -X (https://arxiv.org/abs/2304.08069)."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from torch import Tensor, nn
+
+from ..layers import check_choice
+from .presnet import freeze
+
+STAGES = ("stage1", "stage2", "stage3", "stage4")
+
+
+class StageConfig(NamedTuple):
+    """Channels and depth of one stage: ``layers`` convolutions in each of ``blocks`` blocks."""
+
+    in_channels: int
+    mid_channels: int
+    out_channels: int
+    blocks: int
+    light: bool
+    kernel_size: int
+    layers: int
+
+
+# name: (stem's mid and out channels, the four stages)
+ARCHITECTURES = {
+    "L": (
+        (32, 48),
+        (
+            StageConfig(48, 48, 128, 1, False, 3, 6),
+            StageConfig(128, 96, 512, 1, False, 3, 6),
+            StageConfig(512, 192, 1024, 3, True, 5, 6),
+            StageConfig(1024, 384, 2048, 1, True, 5, 6),
+        ),
+    ),
+    "X": (
+        (32, 64),
+        (
+            StageConfig(64, 64, 128, 1, False, 3, 6),
+            StageConfig(128, 128, 512, 2, False, 3, 6),
+            StageConfig(512, 256, 1024, 5, True, 5, 6),
+            StageConfig(1024, 512, 2048, 2, True, 5, 6),
+        ),
+    ),
+}
+
+
+class ConvBNAct(nn.Module):
+    """Convolution, batch norm and optional ReLU; an even kernel pads right and below only."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        groups: int = 1,
+        act: bool = True,
+    ) -> None:
+        super().__init__()
+        self.pad = (0, 1, 0, 1) if kernel_size % 2 == 0 else None
+        padding = (kernel_size - 1) // 2
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False
+        )
+        self.bn = nn.BatchNorm2d(out_channels)
+        self.act = nn.ReLU() if act else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pad:
+            x = F.pad(x, self.pad)
+        return self.act(self.bn(self.conv(x)))
+
+
+class LightConv(nn.Module):
+    """1x1 convolution, then a depthwise one."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
+        super().__init__()
+        self.conv1 = ConvBNAct(in_channels, out_channels, 1, act=False)
+        self.conv2 = ConvBNAct(out_channels, out_channels, kernel_size, groups=out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x))
+
+
+class Stem(nn.Module):
+    """(B, 3, H, W) -> (B, out_channels, H / 4, W / 4)."""
+
+    def __init__(self, mid_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.stem1 = ConvBNAct(3, mid_channels, 3, 2)
+        self.stem2a = ConvBNAct(mid_channels, mid_channels // 2, 2)
+        self.stem2b = ConvBNAct(mid_channels // 2, mid_channels, 2)
+        self.stem3 = ConvBNAct(mid_channels * 2, mid_channels, 3, 2)
+        self.stem4 = ConvBNAct(mid_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem1(x)
+        pooled = F.max_pool2d(F.pad(x, (0, 1, 0, 1)), 2, 1)
+        x = torch.cat([pooled, self.stem2b(self.stem2a(x))], dim=1)
+        return self.stem4(self.stem3(x))
+
+
+class HGBlock(nn.Module):
+    """A chain of convolutions whose every output is concatenated, then squeezed and excited."""
+
+    def __init__(self, config: StageConfig, in_channels: int) -> None:
+        super().__init__()
+        layer = LightConv if config.light else ConvBNAct
+        mid, out = config.mid_channels, config.out_channels
+        widths = [in_channels] + [mid] * config.layers
+        self.layers = nn.ModuleList(
+            layer(channels, mid, config.kernel_size) for channels in widths[:-1]
+        )
+        self.aggregation = nn.Sequential(
+            ConvBNAct(sum(widths), out // 2, 1), ConvBNAct(out // 2, out, 1)
+        )
+        # Upstream adds the identity in all blocks of a stage but the first, whatever its widths.
+        self.residual = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = [x]
+        for layer in self.layers:
+            outputs.append(layer(outputs[-1]))
+        y = self.aggregation(torch.cat(outputs, dim=1))
+        return y + x if self.residual else y
+
+
+class HGStage(nn.Module):
+    def __init__(self, config: StageConfig, downsample: bool) -> None:
+        super().__init__()
+        channels = config.in_channels
+        if downsample:
+            self.downsample = ConvBNAct(channels, channels, 3, 2, groups=channels, act=False)
+        else:
+            self.downsample = nn.Identity()
+        self.blocks = nn.Sequential()
+        for index in range(config.blocks):
+            block = HGBlock(config, channels)
+            block.residual = index > 0
+            self.blocks.append(block)
+            channels = config.out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.downsample(x))
+
+
+@BACKBONE_REGISTRY.register()
+class HGNetv2(Backbone):
+    """PP-HGNetV2.
+
+    Args:
+        name: "L" or "X".
+        freeze_at: parts that are not trained: -1 none, 0 the stem, n the stem and n stages.
+        freeze_norm: replace every batch norm by its frozen form.
+        out_features: names among ``stage1`` ... ``stage4`` (strides 4 ... 32).
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        name: str,
+        freeze_at: int = -1,
+        freeze_norm: bool = False,
+        out_features: tuple[str, ...] = ("stage2", "stage3", "stage4"),
+    ) -> None:
+        super().__init__()
+        check_choice("name", name, ARCHITECTURES)
+        for feature in out_features:
+            check_choice("out_features", feature, STAGES)
+        self._out_features = list(out_features)
+        stem, stages = ARCHITECTURES[name]
+        self._out_feature_channels = dict(zip(STAGES, (s.out_channels for s in stages)))
+        self._out_feature_strides = dict(zip(STAGES, (4, 8, 16, 32)))
+        self.stem = Stem(*stem)
+        self.stages = nn.ModuleList(
+            HGStage(config, downsample=index > 0) for index, config in enumerate(stages)
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+        freeze(self, [self.stem, *self.stages], freeze_at, freeze_norm)
+
+    @classmethod
+    def from_config(cls, cfg, input_shape) -> dict:
+        node = cfg.MODEL.HGNETV2
+        return {
+            "name": node.NAME,
+            "freeze_at": node.FREEZE_AT,
+            "freeze_norm": node.FREEZE_NORM,
+            "out_features": tuple(node.OUT_FEATURES),
+        }
+
+    @property
+    def size_divisibility(self) -> int:
+        return 32
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) -> {"stage2": (B, C, H / 8, W / 8), ...} for the chosen features."""
+        x = self.stem(x)
+        outputs = {}
+        for name, stage in zip(STAGES, self.stages):
+            x = stage(x)
+            if name in self._out_features:
+                outputs[name] = x
+        return outputs

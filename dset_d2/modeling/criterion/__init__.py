@@ -1,0 +1,4 @@
+from .matcher import HungarianMatcher
+from .set_criterion import SetCriterion
+
+__all__ = ["HungarianMatcher", "SetCriterion"]

@@ -1,0 +1,3 @@
+from .rtdetr import RTDETRDecoder
+
+__all__ = ["RTDETRDecoder"]

@@ -1,0 +1,215 @@
+"""The meta-architecture: Detectron2's dicts in, a loss dict or Instances out."""
+
+import random
+from collections import defaultdict
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+from ..clock import TrainingClock
+from .criterion import HungarianMatcher, SetCriterion
+from .decoder import RTDETRDecoder
+from .encoder import build_encoder
+
+
+@META_ARCH_REGISTRY.register()
+class DETRDetector(nn.Module):
+    """A real-time detection transformer: backbone, encoder, decoder, criterion.
+
+    Args:
+        backbone: image -> dict of features.
+        encoder: list of features -> list of features; its ``in_features`` names what it reads.
+        decoder: list of features -> predictions.
+        criterion: predictions and targets -> losses.
+        pixel_mean, pixel_std: normalisation of the RGB input; the default is RGB / 255.
+        max_detections: detections kept per image.
+        multi_scale: lengths in pixels, one of which each training batch's longer side is
+            resized to; empty for none.
+        multi_scale_end: training step from which images keep their size.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        criterion: nn.Module,
+        pixel_mean: tuple[float, ...] = (0.0, 0.0, 0.0),
+        pixel_std: tuple[float, ...] = (255.0, 255.0, 255.0),
+        max_detections: int = 300,
+        multi_scale: tuple[int, ...] = (),
+        multi_scale_end: int = 0,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.encoder = encoder
+        self.decoder = decoder
+        self.criterion = criterion
+        self.max_detections = max_detections
+        self.multi_scale = list(multi_scale)
+        self.multi_scale_end = multi_scale_end
+        self.clock = TrainingClock()
+        for name, value in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
+            self.register_buffer(name, torch.tensor(list(value)).view(-1, 1, 1), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        backbone = build_backbone(cfg)
+        decoder = RTDETRDecoder(cfg)
+        weights = {"vfl": 1.0, "bbox": 5.0, "giou": 2.0}
+        return {
+            "backbone": backbone,
+            "encoder": build_encoder(cfg, backbone.output_shape()),
+            "decoder": decoder,
+            "criterion": SetCriterion(decoder.num_classes, HungarianMatcher(), weights),
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+        """Losses in training, else detections in the coordinates of the original images.
+
+        Args:
+            batched_inputs: Detectron2's dicts: ``image`` (3, H, W) RGB in [0, 255], of any
+                sizes; in training ``instances`` with ``gt_boxes`` and ``gt_classes``; in
+                inference optionally ``height`` and ``width`` of the original image.
+        """
+        if self.training:
+            return self.train_step(batched_inputs)
+        detections: list = [None] * len(batched_inputs)
+        for group in same_shape(batched_inputs, self.backbone.size_divisibility):
+            inputs = [batched_inputs[i] for i in group]
+            images, valid_ratio = self.preprocess(inputs)
+            sizes = [
+                (x.get("height", x["image"].shape[1]), x.get("width", x["image"].shape[2]))
+                for x in inputs
+            ]
+            results = self.postprocess(self.predict(images, valid_ratio), sizes)
+            for i, instances in zip(group, results):
+                detections[i] = {"instances": instances}
+        return detections
+
+    def train_step(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
+        """Losses of a batch, at a random size while multi-scale training lasts."""
+        step = self.clock.tick()
+        images, valid_ratio = self.preprocess(batched_inputs)
+        if self.multi_scale and step < self.multi_scale_end:
+            # The step seeds the choice: all processes, and a resumed run, choose alike.
+            long_side = random.Random(step).choice(self.multi_scale)
+            images = resize(images, long_side, self.backbone.size_divisibility)
+        targets = [self.target(x["instances"]) for x in batched_inputs]
+        return self.compute_losses(images, targets, valid_ratio)
+
+    def preprocess(self, batched_inputs: list[dict]) -> tuple[Tensor, Tensor | None]:
+        """Normalised images in one padded batch, and the share of it that each image fills.
+
+        Returns:
+            (B, 3, H, W), and (B, 2) shares of W and H or None if no image is padded.
+        """
+        images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
+        images = [(x - self.pixel_mean) / self.pixel_std for x in images]
+        batch = ImageList.from_tensors(images, self.backbone.size_divisibility)
+        height, width = batch.tensor.shape[2:]
+        if all(size == (height, width) for size in batch.image_sizes):
+            return batch.tensor, None
+        shares = [(w / width, h / height) for h, w in batch.image_sizes]
+        return batch.tensor, torch.tensor(shares, device=self.device)
+
+    def target(self, instances: Instances) -> dict[str, Tensor]:
+        """Ground truth of one image: labels (n,), boxes (n, 4) cx, cy, w, h in [0, 1]."""
+        height, width = instances.image_size
+        boxes = box_convert(instances.gt_boxes.tensor, "xyxy", "cxcywh")
+        boxes = boxes / boxes.new_tensor([width, height, width, height])
+        return {
+            "labels": instances.gt_classes.to(self.device, non_blocking=True),
+            "boxes": boxes.to(self.device, non_blocking=True),
+        }
+
+    def features(self, images: Tensor, valid_ratio: Tensor | None) -> list[Tensor]:
+        features = self.backbone(images)
+        return self.encoder([features[name] for name in self.encoder.in_features], valid_ratio)
+
+    def predict(self, images: Tensor, valid_ratio: Tensor | None = None) -> dict[str, Tensor]:
+        """Raw predictions.
+
+        Args:
+            images: (B, 3, H, W) normalised; H and W divisible by 32.
+            valid_ratio: (B, 2) share of W and H that each image fills, None if all of it.
+
+        Returns:
+            ``pred_logits`` (B, Q, C), ``pred_boxes`` (B, Q, 4) cx, cy, w, h in [0, 1].
+        """
+        return self.decoder(self.features(images, valid_ratio), valid_ratio=valid_ratio)
+
+    def compute_losses(
+        self,
+        images: Tensor,
+        targets: list[dict[str, Tensor]],
+        valid_ratio: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Weighted losses under upstream's names; ``images`` as for :meth:`predict`.
+
+        Args:
+            targets: per image ``labels`` (n,) and ``boxes`` (n, 4) cx, cy, w, h in [0, 1].
+        """
+        outputs = self.decoder(self.features(images, valid_ratio), targets, valid_ratio)
+        return self.criterion(outputs, targets)
+
+    def postprocess(
+        self, outputs: dict[str, Tensor], image_sizes: list[tuple[int, int]]
+    ) -> list[Instances]:
+        """The best (query, class) pairs of each image, boxes in pixels.
+
+        Args:
+            outputs: what :meth:`predict` returns.
+            image_sizes: (height, width) to scale each image's boxes to.
+        """
+        scores = outputs["pred_logits"].float().sigmoid().flatten(1)
+        scores, index = scores.topk(min(self.max_detections, scores.shape[1]), dim=1)
+        num_classes = outputs["pred_logits"].shape[-1]
+        queries = (index // num_classes)[..., None].expand(-1, -1, 4)
+        boxes = box_convert(outputs["pred_boxes"].float(), "cxcywh", "xyxy").gather(1, queries)
+        classes = index % num_classes
+        results = []
+        for i, (height, width) in enumerate(image_sizes):
+            size = boxes.new_tensor([width, height, width, height])
+            results.append(
+                Instances(
+                    (height, width),
+                    pred_boxes=Boxes(boxes[i] * size),
+                    scores=scores[i],
+                    pred_classes=classes[i],
+                )
+            )
+        return results
+
+
+def same_shape(batched_inputs: list[dict], divisor: int) -> list[list[int]]:
+    """Indices of inputs whose images have the same size once padded to the divisor.
+
+    Images run together with their likes, so that what one is batched with changes nothing: a
+    convolution at the image's border would otherwise see padding or not.
+    """
+    groups = defaultdict(list)
+    for index, x in enumerate(batched_inputs):
+        groups[tuple(-(-side // divisor) for side in x["image"].shape[1:])].append(index)
+    return list(groups.values())
+
+
+def resize(images: Tensor, long_side: int, divisor: int) -> Tensor:
+    """Resize a batch, keeping its aspect ratio up to the divisor, by nearest neighbours."""
+    scale = long_side / max(images.shape[2:])
+    size = [max(divisor, round(side * scale / divisor) * divisor) for side in images.shape[2:]]
+    return F.interpolate(images, size=size)

@@ -1,0 +1,203 @@
+"""Hybrid encoder of RT-DETR: attention within the coarsest scale (AIFI), convolutions across
+scales (CCFF). https://arxiv.org/abs/2304.08069, section 4.2."""
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from torch import Tensor, nn
+
+from ..layers import ConvNorm, activation, constant, projection, valid_tokens
+from .build import ENCODER_REGISTRY
+from .fusion_blocks import CSPRepLayer
+
+
+@constant
+def position_embedding(
+    height: int, width: int, dim: int, temperature: float, device: torch.device
+) -> Tensor:
+    """2-D sine-cosine positions, (1, height * width, dim), row-major like the tokens.
+
+    Upstream lays the grid out column-major, which on squares only swaps the roles of the two
+    axes. Here the first half of the channels encodes the row, so that squares get upstream's
+    numbers and rectangles get the right ones.
+    """
+    omega = temperature ** (-torch.arange(dim // 4, device=device, dtype=torch.float32) / (dim / 4))
+    y, x = torch.meshgrid(
+        torch.arange(height, device=device, dtype=torch.float32),
+        torch.arange(width, device=device, dtype=torch.float32),
+        indexing="ij",
+    )
+    y, x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega
+    return torch.cat([y.sin(), y.cos(), x.sin(), x.cos()], dim=1)[None]
+
+
+class TransformerEncoderLayer(nn.Module):
+    """Post-norm self-attention layer; positions are added to queries and keys only."""
+
+    def __init__(
+        self, dim: int, num_heads: int, dim_feedforward: int, dropout: float, act: str
+    ) -> None:
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout, batch_first=True)
+        self.linear1 = nn.Linear(dim, dim_feedforward)
+        self.dropout = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(dim_feedforward, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.dropout1 = nn.Dropout(dropout)
+        self.dropout2 = nn.Dropout(dropout)
+        self.activation = activation(act)
+        nn.init.xavier_uniform_(self.linear1.weight)
+        nn.init.xavier_uniform_(self.linear2.weight)
+
+    def ffn(self, x: Tensor) -> Tensor:
+        return self.linear2(self.dropout(self.activation(self.linear1(x))))
+
+    def forward(self, x: Tensor, position: Tensor, padding: Tensor | None = None) -> Tensor:
+        """(B, N, dim) tokens and (1 or B, N, dim) positions -> (B, N, dim).
+
+        Args:
+            padding: (B, N) bool, True where a token is padding and must not be attended to.
+        """
+        query = x + position
+        attended, _ = self.self_attn(query, query, x, key_padding_mask=padding, need_weights=False)
+        x = self.norm1(x + self.dropout1(attended))
+        return self.norm2(x + self.dropout2(self.ffn(x)))
+
+
+class TransformerEncoder(nn.Module):
+    """A stack of encoder layers over one scale: (B, N, dim) -> (B, N, dim)."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, position: Tensor, padding: Tensor | None = None) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, position, padding)
+        return x
+
+
+@ENCODER_REGISTRY.register()
+class HybridEncoder(nn.Module):
+    """AIFI on chosen scales, then a top-down and a bottom-up fusion path.
+
+    Args:
+        in_channels: channels of the backbone's features, finest first.
+        in_features: names of the backbone's features, finest first.
+        hidden_dim: channels of all outputs; divisible by 4 and by ``num_heads``.
+        use_encoder_idx: indices of the scales that get a transformer.
+        num_encoder_layers: transformer layers on each of them.
+        expansion, depth_mult: width and depth of the fusion blocks.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        in_channels: tuple[int, ...],
+        in_features: tuple[str, ...],
+        hidden_dim: int = 256,
+        num_heads: int = 8,
+        dim_feedforward: int = 1024,
+        dropout: float = 0.0,
+        enc_act: str = "gelu",
+        use_encoder_idx: tuple[int, ...] = (2,),
+        num_encoder_layers: int = 1,
+        pe_temperature: float = 10000.0,
+        expansion: float = 1.0,
+        depth_mult: float = 1.0,
+        act: str = "silu",
+    ) -> None:
+        super().__init__()
+        if len(in_features) != len(in_channels):
+            raise ValueError(
+                f"in_features={list(in_features)} and in_channels={list(in_channels)} "
+                "must have the same length"
+            )
+        if hidden_dim % 4 or hidden_dim % num_heads:
+            raise ValueError(
+                f"hidden_dim={hidden_dim} must be divisible by 4 and by num_heads={num_heads}"
+            )
+        if not all(0 <= index < len(in_channels) for index in use_encoder_idx):
+            raise ValueError(
+                f"use_encoder_idx={list(use_encoder_idx)} must lie in 0..{len(in_channels) - 1}"
+            )
+        self.in_features = list(in_features)
+        self.hidden_dim = hidden_dim
+        self.use_encoder_idx = list(use_encoder_idx)
+        self.pe_temperature = pe_temperature
+        self.input_proj = nn.ModuleList(projection(c, hidden_dim) for c in in_channels)
+        self.encoder = nn.ModuleList(
+            TransformerEncoder(
+                [
+                    TransformerEncoderLayer(
+                        hidden_dim, num_heads, dim_feedforward, dropout, enc_act
+                    )
+                    for _ in range(num_encoder_layers)
+                ]
+            )
+            for _ in use_encoder_idx
+        )
+        self.lateral_convs = nn.ModuleList()
+        self.fpn_blocks = nn.ModuleList()
+        self.downsample_convs = nn.ModuleList()
+        self.pan_blocks = nn.ModuleList()
+        num_blocks = round(3 * depth_mult)
+        for _ in in_channels[1:]:
+            self.lateral_convs.append(ConvNorm(hidden_dim, hidden_dim, 1, act=act))
+            self.downsample_convs.append(ConvNorm(hidden_dim, hidden_dim, 3, 2, act=act))
+            for blocks in (self.fpn_blocks, self.pan_blocks):
+                blocks.append(CSPRepLayer(hidden_dim * 2, hidden_dim, num_blocks, expansion, act))
+
+    @classmethod
+    def from_config(cls, cfg, input_shape) -> dict:
+        node = cfg.MODEL.ENCODER
+        return {
+            "in_channels": [shape.channels for shape in input_shape.values()],
+            "in_features": list(input_shape),
+            "hidden_dim": node.HIDDEN_DIM,
+            "num_heads": node.NUM_HEADS,
+            "dim_feedforward": node.DIM_FEEDFORWARD,
+            "dropout": node.DROPOUT,
+            "num_encoder_layers": node.NUM_LAYERS,
+            "expansion": node.EXPANSION,
+            "depth_mult": node.DEPTH_MULT,
+        }
+
+    def forward(self, features: list[Tensor], valid_ratio: Tensor | None = None) -> list[Tensor]:
+        """Features, finest first, (B, C_i, H_i, W_i) -> as many of (B, hidden_dim, H_i, W_i).
+
+        Args:
+            valid_ratio: (B, 2) share of the padded width and height that each image fills;
+                None if no image is padded.
+        """
+        features = [project(x) for project, x in zip(self.input_proj, features)]
+        for index, encoder in zip(self.use_encoder_idx, self.encoder):
+            features[index] = self.intra_scale(encoder, features[index], valid_ratio)
+        return self.cross_scale(features)
+
+    def intra_scale(
+        self, encoder: nn.Module, feature: Tensor, valid_ratio: Tensor | None
+    ) -> Tensor:
+        """Self-attention among the tokens of one scale (AIFI)."""
+        height, width = feature.shape[2:]
+        position = position_embedding(
+            height, width, self.hidden_dim, self.pe_temperature, feature.device
+        )
+        padding = None if valid_ratio is None else ~valid_tokens(valid_ratio, height, width)
+        tokens = encoder(feature.flatten(2).transpose(1, 2), position, padding)
+        return tokens.transpose(1, 2).unflatten(2, (height, width)).contiguous()
+
+    def cross_scale(self, features: list[Tensor]) -> list[Tensor]:
+        """Top-down, then bottom-up fusion (CCFF)."""
+        top_down = [features[-1]]  # finest first
+        for lateral, block, finer in zip(self.lateral_convs, self.fpn_blocks, features[-2::-1]):
+            # The lateral output also replaces the feature that the bottom-up path will read.
+            top_down[0] = lateral(top_down[0])
+            upsampled = F.interpolate(top_down[0], size=finer.shape[2:], mode="nearest")
+            top_down.insert(0, block(torch.cat([upsampled, finer], dim=1)))
+        outputs = top_down[:1]
+        for down, block, inner in zip(self.downsample_convs, self.pan_blocks, top_down[1:]):
+            outputs.append(block(torch.cat([down(outputs[-1]), inner], dim=1)))
+        return outputs

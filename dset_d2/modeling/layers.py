@@ -1,0 +1,114 @@
+"""Small layers and functions that several parts of the detectors share."""
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
+
+
+def activation(name: str | None) -> nn.Module:
+    """A fresh activation module by name (``None`` is the identity).
+
+    Raises:
+        ValueError: for a name that is not in :data:`ACTIVATIONS`.
+    """
+    if name is None:
+        return nn.Identity()
+    check_choice("activation", name, ACTIVATIONS)
+    return ACTIVATIONS[name]()
+
+
+def check_choice(name: str, value: object, allowed) -> None:
+    """Raise a ``ValueError`` that names the setting, its value and what is allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not one of {sorted(allowed)}")
+
+
+class ConvNorm(nn.Module):
+    """Bias-free convolution, batch norm and activation, with upstream's names."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        groups: int = 1,
+        act: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding=(kernel_size - 1) // 2,
+            groups=groups,
+            bias=False,
+        )
+        self.norm = nn.BatchNorm2d(out_channels)
+        self.act = activation(act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+
+def projection(in_channels: int, out_channels: int) -> nn.Sequential:
+    """1x1 convolution and batch norm without activation."""
+    conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(out_channels)))
+
+
+class MLP(nn.Module):
+    """``num_layers`` linear layers with ReLU between them: (..., in_dim) -> (..., out_dim)."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int) -> None:
+        super().__init__()
+        dims = [in_dim] + [hidden_dim] * (num_layers - 1) + [out_dim]
+        self.layers = nn.ModuleList(map(nn.Linear, dims[:-1], dims[1:]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = layer(x).relu()
+        return self.layers[-1](x)
+
+
+def inverse_sigmoid(x: Tensor) -> Tensor:
+    """Logit of probabilities, clamped so that 0 and 1 stay finite."""
+    return torch.logit(x, eps=1e-5)
+
+
+def constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Cache a function of sizes and a device whose tensor never changes (anchors, positions).
+
+    The values are made outside inference mode, so that one made during evaluation may take part
+    in a later training step. Graph captures get fresh tensors.
+    """
+    cached = functools.lru_cache(maxsize=64)(function)
+
+    @functools.wraps(function)
+    def wrapper(*args) -> Tensor:
+        capturing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args) if capturing else cached(*args)
+
+    return wrapper
+
+
+def valid_tokens(valid_ratio: Tensor, height: int, width: int) -> Tensor:
+    """Which tokens of a padded feature map hold some of the image.
+
+    Args:
+        valid_ratio: (B, 2) share of the padded width and height that the image fills.
+
+    Returns:
+        (B, height * width) bool, row-major.
+    """
+    device = valid_ratio.device
+    x = torch.arange(width, device=device) < valid_ratio[:, :1] * width
+    y = torch.arange(height, device=device) < valid_ratio[:, 1:] * height
+    return (y[:, :, None] & x[:, None, :]).flatten(1)

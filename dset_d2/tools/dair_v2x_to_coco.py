@@ -1,0 +1,45 @@
+"""Convert one side and split of DAIR-V2X to a COCO annotation file.
+
+    python -m dset_d2.tools.dair_v2x_to_coco --output val.json \\
+        --root dair-v2x/single-infrastructure-side \\
+        --split-file dair-v2x/split_datas/single-infrastructure-split-data.json --split val
+
+For the cooperative set add --split-key infrastructure_split (or vehicle_split).
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from ..data.dair_v2x import CLASSES_8, CLASSES_10, SPLITS, DataError, load_dair_v2x, to_coco
+from ..files import write_atomically
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--root", type=Path, required=True, help="the side's folder")
+    parser.add_argument("--split-file", type=Path, required=True)
+    parser.add_argument("--split", choices=SPLITS, required=True)
+    parser.add_argument("--split-key", action="append", default=[], metavar="KEY")
+    parser.add_argument("--image-root", type=Path, help="where image/ lies, if not in the root")
+    parser.add_argument("--classes", type=int, choices=(8, 10), default=8)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args(argv)
+    classes = CLASSES_8 if args.classes == 8 else CLASSES_10
+    try:
+        dataset = load_dair_v2x(
+            args.root, args.split_file, args.split, tuple(args.split_key), classes, args.image_root
+        )
+    except DataError as error:
+        parser.exit(1, f"error: {error}\n")
+    content = to_coco(dataset, classes, args.image_root or args.root)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(args.output, lambda file: file.write(json.dumps(content).encode()))
+    images, boxes = len(content["images"]), len(content["annotations"])
+    print(f"{args.output}: {images} images, {boxes} boxes")
+
+
+if __name__ == "__main__":
+    main()

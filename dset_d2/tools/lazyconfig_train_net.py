@@ -1,0 +1,147 @@
+"""Train and evaluate from a LazyConfig file.
+
+Every config of this project also runs with Detectron2's own ``tools/lazyconfig_train_net.py``.
+This launcher adds what that one has no seam for, as ``train.*`` settings: averaged weights
+(``ema``), the best checkpoint and early stopping by a named metric, an end on non-finite losses
+that names them, checkpoints that are never half-written, and errors on misspelt overrides.
+
+    python -m dset_d2.tools.lazyconfig_train_net --config-file configs/rtdetr/rtdetrv2_r18_coco.py
+    ... --resume                      continue the run in train.output_dir
+    ... --eval-only train.init_checkpoint=output/model_best.pth
+    ... dataloader.train.total_batch_size=8 optimizer.lr=5e-5
+"""
+
+import difflib
+import logging
+
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import (
+    default_argument_parser,
+    default_setup,
+    default_writers,
+    hooks,
+    launch,
+)
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig
+
+from ..config import load_config
+from ..engine.ema import ModelEMA
+from ..engine.hooks import BestCheckpointer, EarlyStopping, EMAHook
+from ..engine.trainer import AtomicCheckpointer, MixedPrecisionTrainer, Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def apply_overrides(cfg: DictConfig, overrides: list[str]) -> DictConfig:
+    """Detectron2's overrides, but a key that the config lacks is an error with a suggestion."""
+    known = all_keys(cfg)
+    for override in overrides:
+        key = override.split("=", 1)[0].lstrip("+~")
+        if override.startswith("+") or key in known:
+            continue
+        close = difflib.get_close_matches(key, known, n=3)
+        hint = f"; close to it: {', '.join(close)}" if close else ""
+        raise KeyError(f"the config has no key {key!r}{hint}")
+    return LazyConfig.apply_overrides(cfg, overrides)
+
+
+def all_keys(cfg, prefix: str = "") -> set[str]:
+    """Dotted names of all nodes and leaves."""
+    keys = set()
+    items = cfg.items_ex(resolve=False) if isinstance(cfg, DictConfig) else ()
+    for key, value in items:
+        keys |= {f"{prefix}{key}"} | all_keys(value, f"{prefix}{key}.")
+    return keys
+
+
+def evaluate(cfg: DictConfig, model: torch.nn.Module, ema: ModelEMA | None) -> dict:
+    """Evaluate the averaged weights if there are any, else the model's own."""
+    if ema is not None and ema.updates:
+        model = ema.module
+    results = inference_on_dataset(
+        model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+    )
+    print_csv_format(results)
+    return results
+
+
+def build_ema(cfg: DictConfig, model: torch.nn.Module) -> ModelEMA | None:
+    settings = cfg.train.ema
+    return ModelEMA(model, settings.decay, settings.warmup) if settings.enabled else None
+
+
+def train(cfg: DictConfig, resume: bool) -> None:
+    model = instantiate(cfg.model).to(cfg.train.device)
+    logger.info("Model:\n%s", model)
+    ema = build_ema(cfg, model)
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    parallel = create_ddp_model(model, **cfg.train.ddp)
+    trainer_class = MixedPrecisionTrainer if cfg.train.amp.enabled else Trainer
+    trainer = trainer_class(parallel, instantiate(cfg.dataloader.train), optimizer)
+    averaged = {"ema": ema} if ema else {}
+    output_dir = cfg.train.output_dir
+    checkpointer = AtomicCheckpointer(parallel, output_dir, trainer=trainer, **averaged)
+    best = AtomicCheckpointer(parallel, output_dir, tag_last=False, **averaged)
+
+    period = cfg.train.eval_period
+    metric = cfg.train.best_metric
+    main = comm.is_main_process()
+    patience = cfg.train.early_stopping_patience
+    writers = default_writers(output_dir, cfg.train.max_iter) if main else []
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            EMAHook(ema, model) if ema else None,
+            hooks.EvalHook(period, lambda: evaluate(cfg, parallel, ema)),
+            # These follow the evaluation, so that a checkpoint knows of its results.
+            BestCheckpointer(period, best, metric) if main else None,
+            EarlyStopping(period, metric, patience) if patience else None,
+            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if main else None,
+            hooks.PeriodicWriter(writers, cfg.train.log_period) if main else None,
+        ]
+    )
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    resumed = resume and checkpointer.has_checkpoint()
+    trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
+    if trainer.stopped and main:
+        checkpointer.save("model_final", iteration=trainer.iter - 1)
+
+
+def main(args) -> None:
+    cfg = apply_overrides(load_config(args.config_file), args.opts)
+    default_setup(cfg, args)
+    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="dset_d2")
+    if not args.eval_only:
+        train(cfg, args.resume)
+        return
+    model = instantiate(cfg.model).to(cfg.train.device)
+    ema = build_ema(cfg, model)
+    parallel = create_ddp_model(model, **cfg.train.ddp)
+    averaged = {"ema": ema} if ema else {}
+    checkpointer = AtomicCheckpointer(parallel, cfg.train.output_dir, **averaged)
+    checkpointer.load(cfg.train.init_checkpoint)
+    evaluate(cfg, parallel, ema)
+
+
+def run(argv: list[str] | None = None) -> None:
+    parser = default_argument_parser(epilog=__doc__)
+    args = parser.parse_args(argv)
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
+
+
+if __name__ == "__main__":
+    run()
