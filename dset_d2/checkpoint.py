@@ -69,7 +69,7 @@ def rename(key: str) -> str:
 
 
 def load_upstream(model: nn.Module, source: str | Path | dict) -> None:
-    """Load released RT-DETR or RT-DETRv2 weights into a detector, in place.
+    """Load released RT-DETR or RT-DETRv2 weights, or those of a run of ours, in place.
 
     A state dict whose keys all belong to the backbone (an ImageNet model) goes there alone.
     Class heads of another number of classes keep their fresh initialisation, with a warning.

@@ -1,6 +1,7 @@
 """Configurations: the LazyConfig files of this project, and the keys of Detectron2's older
 ``CfgNode`` system that the registered classes read."""
 
+import difflib
 from pathlib import Path
 
 from detectron2.config import CfgNode, LazyConfig
@@ -29,6 +30,28 @@ def get_config(path: str) -> DictConfig:
     roots = [root / Path(path).parent for root in (PACKAGE.parent, PACKAGE)]
     known = sorted({file.name for root in roots for file in root.glob("*.py")})
     raise FileNotFoundError(f"no config {path!r}; in its folder are: {', '.join(known) or 'none'}")
+
+
+def apply_overrides(cfg: DictConfig, overrides: list[str]) -> DictConfig:
+    """Detectron2's overrides, but a key that the config lacks is an error with a suggestion."""
+    known = all_keys(cfg)
+    for override in overrides:
+        key = override.split("=", 1)[0].lstrip("+~")
+        if override.startswith("+") or key in known:
+            continue
+        close = difflib.get_close_matches(key, known, n=3)
+        hint = f"; close to it: {', '.join(close)}" if close else ""
+        raise KeyError(f"the config has no key {key!r}{hint}")
+    return LazyConfig.apply_overrides(cfg, overrides)
+
+
+def all_keys(cfg, prefix: str = "") -> set[str]:
+    """Dotted names of all nodes and leaves."""
+    keys = set()
+    items = cfg.items_ex(resolve=False) if isinstance(cfg, DictConfig) else ()
+    for key, value in items:
+        keys |= {f"{prefix}{key}"} | all_keys(value, f"{prefix}{key}.")
+    return keys
 
 
 def add_detr_config(cfg: CfgNode) -> None:

@@ -8,7 +8,13 @@ train = dict(
     seed=-1,
     max_iter=90000,
     amp=dict(enabled=False),
-    ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
+    # Our models move their inputs themselves, so that device_ids are needed on no device.
+    ddp=dict(
+        device_ids=None,
+        broadcast_buffers=False,
+        find_unused_parameters=False,
+        fp16_compression=False,
+    ),
     checkpointer=dict(period=5000, max_to_keep=3),
     eval_period=5000,
     log_period=20,

@@ -1,4 +1,4 @@
-"""RT-DETRv2-R18 with discrete sampling: 36 epochs from the trained R18 (published: 47.4 AP)."""
+"""RT-DETRv2-R18 with discrete sampling: 36 epochs that start from the trained R18."""
 
 from ..common.coco_schedule import train_for
 from .rtdetrv2_r18_coco import dataloader, lr_multiplier, model, optimizer, train

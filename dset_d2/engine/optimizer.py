@@ -3,7 +3,11 @@
 import torch
 from detectron2.solver import WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params
-from fvcore.common.param_scheduler import ConstantParamScheduler
+from fvcore.common.param_scheduler import (
+    ConstantParamScheduler,
+    LinearParamScheduler,
+    ParamScheduler,
+)
 from torch import nn
 
 
@@ -49,9 +53,12 @@ def build_adamw(
     return optimizer
 
 
-def warmup_constant(max_iter: int, warmup_iters: int) -> WarmupParamScheduler:
+def warmup_constant(max_iter: int, warmup_iters: int) -> ParamScheduler:
     """Linear warm-up over ``warmup_iters`` of ``max_iter`` steps, then a constant rate."""
     if warmup_iters < 1:
         raise ValueError(f"warmup_iters={warmup_iters} must be at least 1")
-    length = min(1.0, warmup_iters / max_iter)
-    return WarmupParamScheduler(ConstantParamScheduler(1.0), 1 / warmup_iters, length, "linear")
+    start = 1 / warmup_iters
+    if warmup_iters >= max_iter:  # the run ends within the warm-up
+        return LinearParamScheduler(start, max_iter / warmup_iters)
+    constant = ConstantParamScheduler(1.0)
+    return WarmupParamScheduler(constant, start, warmup_iters / max_iter, "linear")

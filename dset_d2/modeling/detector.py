@@ -109,7 +109,7 @@ class DETRDetector(nn.Module):
             # The step seeds the choice: all processes, and a resumed run, choose alike.
             long_side = random.Random(step).choice(self.multi_scale)
             images = resize(images, long_side, self.backbone.size_divisibility)
-        targets = [self.target(x["instances"]) for x in batched_inputs]
+        targets = [self.target(x) for x in batched_inputs]
         return self.compute_losses(images, targets, valid_ratio)
 
     def preprocess(self, batched_inputs: list[dict]) -> tuple[Tensor, Tensor | None]:
@@ -127,13 +127,21 @@ class DETRDetector(nn.Module):
         shares = [(w / width, h / height) for h, w in batch.image_sizes]
         return batch.tensor, torch.tensor(shares, device=self.device)
 
-    def target(self, instances: Instances) -> dict[str, Tensor]:
+    def target(self, inputs: dict) -> dict[str, Tensor]:
         """Ground truth of one image: labels (n,), boxes (n, 4) cx, cy, w, h in [0, 1]."""
+        instances = inputs["instances"]
+        labels = instances.gt_classes
+        # Labels come from the loader on the CPU: looking at them makes no GPU wait.
+        if len(labels) and int(labels.max()) >= self.decoder.num_classes:
+            raise ValueError(
+                f"{inputs.get('file_name', 'an image')}: class {int(labels.max())} is beyond "
+                f"num_classes={self.decoder.num_classes}"
+            )
         height, width = instances.image_size
         boxes = box_convert(instances.gt_boxes.tensor, "xyxy", "cxcywh")
         boxes = boxes / boxes.new_tensor([width, height, width, height])
         return {
-            "labels": instances.gt_classes.to(self.device, non_blocking=True),
+            "labels": labels.to(self.device, non_blocking=True),
             "boxes": boxes.to(self.device, non_blocking=True),
         }
 

@@ -11,11 +11,10 @@ that names them, checkpoints that are never half-written, and errors on misspelt
     ... dataloader.train.total_batch_size=8 optimizer.lr=5e-5
 """
 
-import difflib
 import logging
 
 import torch
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
 from detectron2.engine import (
     default_argument_parser,
     default_setup,
@@ -29,34 +28,12 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
-from ..config import load_config
+from ..config import apply_overrides, load_config
 from ..engine.ema import ModelEMA
 from ..engine.hooks import BestCheckpointer, EarlyStopping, EMAHook
 from ..engine.trainer import AtomicCheckpointer, MixedPrecisionTrainer, Trainer
 
 logger = logging.getLogger(__name__)
-
-
-def apply_overrides(cfg: DictConfig, overrides: list[str]) -> DictConfig:
-    """Detectron2's overrides, but a key that the config lacks is an error with a suggestion."""
-    known = all_keys(cfg)
-    for override in overrides:
-        key = override.split("=", 1)[0].lstrip("+~")
-        if override.startswith("+") or key in known:
-            continue
-        close = difflib.get_close_matches(key, known, n=3)
-        hint = f"; close to it: {', '.join(close)}" if close else ""
-        raise KeyError(f"the config has no key {key!r}{hint}")
-    return LazyConfig.apply_overrides(cfg, overrides)
-
-
-def all_keys(cfg, prefix: str = "") -> set[str]:
-    """Dotted names of all nodes and leaves."""
-    keys = set()
-    items = cfg.items_ex(resolve=False) if isinstance(cfg, DictConfig) else ()
-    for key, value in items:
-        keys |= {f"{prefix}{key}"} | all_keys(value, f"{prefix}{key}.")
-    return keys
 
 
 def evaluate(cfg: DictConfig, model: torch.nn.Module, ema: ModelEMA | None) -> dict:

@@ -1,0 +1,41 @@
+# `make demo` and `make test` set up .venv on their own; nothing needs to be installed before.
+PYTHON ?= python3
+# Where Detectron2 comes from if the environment lacks it: index (third_party/detectron2) or git.
+DETECTRON2 ?= index
+BIN := .venv/bin
+DEMO := output/demo
+
+.PHONY: demo test lint clean
+
+demo: .venv/ready
+	$(BIN)/python -m dset_d2.tools.make_roadside --output $(DEMO)/datasets
+	DETECTRON2_DATASETS=$(DEMO)/datasets $(BIN)/python -m dset_d2.tools.lazyconfig_train_net \
+		--config-file configs/rtdetr/rtdetrv2_r18_roadside.py --resume train.output_dir=$(DEMO)
+	DETECTRON2_DATASETS=$(DEMO)/datasets $(BIN)/python -m dset_d2.tools.visualize \
+		--config-file configs/rtdetr/rtdetrv2_r18_roadside.py \
+		--checkpoint $(DEMO)/model_best.pth --output $(DEMO)/detections --num-images 12
+	@echo "pictures: $(DEMO)/detections  metrics: $(DEMO)/metrics.json  weights: $(DEMO)/model_best.pth"
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+
+
+clean:
+	rm -rf .venv output build *.egg-info
+
+.venv/ready: requirements.txt setup.py third_party/detectron2/install.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+ifeq ($(DETECTRON2),git)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation \
+		'git+https://github.com/facebookresearch/detectron2.git'
+else
+	$(BIN)/python third_party/detectron2/install.py
+endif
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@

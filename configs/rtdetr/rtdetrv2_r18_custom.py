@@ -1,0 +1,17 @@
+"""RT-DETRv2-R18 on your own COCO-format files; set the paths and num_classes when you run it."""
+
+from detectron2.config import LazyCall as L
+
+from dset_d2.data.coco import coco_dataset
+
+from .rtdetrv2_r18_coco import dataloader, lr_multiplier, model, optimizer, train
+
+dataloader.train.dataset = L(coco_dataset)(name="custom_train", json_file="", image_root="")
+dataloader.test.dataset = L(coco_dataset)(name="custom_val", json_file="", image_root="")
+dataloader.evaluator.dataset_name = "${..test.dataset.name}"
+train.output_dir = "./output/rtdetrv2_r18_custom"
+train.update(max_iter=10000, eval_period=1000)
+train.checkpointer.period = 1000
+dataloader.strong_augmentation_end = 9000
+lr_multiplier.warmup_iters = 500
+train.ema.update(decay=0.999, warmup=500)

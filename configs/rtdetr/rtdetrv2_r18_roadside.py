@@ -1,0 +1,32 @@
+"""A narrow RT-DETRv2-R18 for minutes of training on a CPU, on the infrastructure side of DAIR-V2X
+or on generated scenes in its layout (``make demo``)."""
+
+from ..common.data import dataloader
+from ..common.optim import lr_multiplier, optimizer
+from ..common.rtdetr_r18 import model
+from ..common.train import train
+
+model.encoder.update(hidden_dim=128, dim_feedforward=512)
+model.decoder.update(
+    num_classes=8, hidden_dim=128, dim_feedforward=512, num_queries=100, num_denoising=50
+)
+
+dataloader.image_size = [192, 320]
+dataloader.strong_augmentation_end = 0
+dataloader.train.dataset.names = "dair_v2x_i_train"
+dataloader.train.update(total_batch_size=8, num_workers=1)
+dataloader.test.dataset.names = "dair_v2x_i_val"
+dataloader.test.num_workers = 1
+
+epoch = 400 // 8  # images / batch
+optimizer.lr = 4e-4
+lr_multiplier.warmup_iters = 50
+train.update(
+    output_dir="./output/rtdetrv2_r18_roadside",
+    seed=0,
+    max_iter=6 * epoch,
+    eval_period=2 * epoch,
+    best_metric="bbox/AP50",
+)
+train.checkpointer.period = 2 * epoch
+train.ema.update(decay=0.99, warmup=50)

@@ -1,0 +1,84 @@
+"""Draw detections on images.
+
+    python -m dset_d2.tools.visualize --config-file CONFIG --checkpoint model_best.pth \\
+        --output output/pictures --num-images 12
+
+draws the first images of the config's test set, ground truth on the left; name image files at
+the end of the command to draw these instead.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import instantiate
+from detectron2.data import MetadataCatalog
+from detectron2.structures import BoxMode
+from detectron2.utils.visualizer import Visualizer
+from omegaconf import DictConfig
+from PIL import Image
+from tqdm import tqdm
+
+from ..checkpoint import load_upstream
+from ..config import apply_overrides, load_config
+from ..data.mapper import read_image
+
+
+def draw_detections(image: np.ndarray, instances, metadata, threshold: float) -> np.ndarray:
+    """(H, W, 3) RGB with the boxes whose score reaches the threshold."""
+    kept = instances[instances.scores >= threshold].to("cpu")
+    return Visualizer(image, metadata).draw_instance_predictions(kept).get_image()
+
+
+def draw_ground_truth(image: np.ndarray, annotations: list[dict], metadata) -> np.ndarray:
+    """(H, W, 3) RGB with the annotated boxes; regions to ignore are named so."""
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    names = metadata.thing_classes
+    labels = ["ignore" if a.get("iscrowd") else names[a["category_id"]] for a in annotations]
+    drawn = Visualizer(image, metadata).overlay_instances(boxes=boxes, labels=labels)
+    return drawn.get_image()
+
+
+def pictures_of(cfg: DictConfig, files: list[Path], count: int) -> list[dict]:
+    """Dataset dicts of the named files, else of the first images of the test set."""
+    if files:
+        return [{"file_name": str(file)} for file in files]
+    return instantiate(cfg.dataloader.test.dataset)[:count]
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--checkpoint", required=True, help="of a run, or released weights")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the PNG files")
+    parser.add_argument("--num-images", type=int, default=12)
+    parser.add_argument("--threshold", type=float, default=0.4, help="least score drawn")
+    parser.add_argument("--opts", nargs="*", default=[], help="overrides of the config")
+    parser.add_argument("files", nargs="*", type=Path)
+    args = parser.parse_args(argv)
+
+    cfg = apply_overrides(load_config(args.config_file), args.opts)
+    model = instantiate(cfg.model).to(cfg.train.device).eval()
+    load_upstream(model, args.checkpoint)
+    mapper = instantiate(cfg.dataloader.test.mapper)
+    metadata = MetadataCatalog.get(cfg.dataloader.test.dataset.names)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for record in tqdm(pictures_of(cfg, args.files, args.num_images), desc="drawing"):
+        image = read_image(record["file_name"])
+        height, width = image.shape[:2]
+        inputs = mapper(record) | {"height": height, "width": width}
+        instances = model([inputs])[0]["instances"]
+        drawn = draw_detections(image, instances, metadata, args.threshold)
+        if "annotations" in record:
+            truth = draw_ground_truth(image, record["annotations"], metadata)
+            drawn = np.concatenate([truth, drawn], axis=1)
+        Image.fromarray(drawn).save(args.output / f"{Path(record['file_name']).stem}.png")
+    print(f"drawn to {args.output}")
+
+
+if __name__ == "__main__":
+    main()

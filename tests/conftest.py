@@ -1,0 +1,75 @@
+"""Small models and inputs that many tests build."""
+
+import pytest
+import torch
+from detectron2.config import instantiate
+from detectron2.structures import Boxes, Instances
+
+import dset_d2
+
+
+def tiny_config(path: str = "configs/rtdetr/rtdetrv2_r18_coco.py"):
+    """A config of the project, shrunk to what a CPU trains in moments."""
+    cfg = dset_d2.get_config(path)
+    cfg.model.encoder.update(hidden_dim=32, dim_feedforward=64)
+    cfg.model.decoder.update(
+        num_classes=5, hidden_dim=32, dim_feedforward=64, num_queries=30, num_denoising=10
+    )
+    return cfg
+
+
+def tiny_model(**decoder) -> torch.nn.Module:
+    """A narrow RT-DETRv2-R18 with random box heads and BatchNorm statistics, in eval mode."""
+    torch.manual_seed(0)
+    cfg = tiny_config()
+    cfg.model.decoder.update(decoder)
+    return randomise(instantiate(cfg.model)).eval()
+
+
+def randomise(model: torch.nn.Module) -> torch.nn.Module:
+    """Leave the initial state: heads that are zero and unit statistics hide mistakes."""
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if name.endswith("running_var"):
+                value.uniform_(0.8, 1.2)
+            elif name.endswith("running_mean"):
+                value.normal_(std=0.1)
+            elif "bbox_head" in name and ".layers.2." in name:
+                value.normal_(std=0.1)
+            elif "sampling_offsets" in name or "attention_weights" in name:
+                value.add_(torch.randn_like(value) * 0.1)
+    return model
+
+
+def make_inputs(sizes, boxes_per_image=3, num_classes=5, seed=0) -> list[dict]:
+    """Detectron2 dicts with random images of the (height, width) sizes and random boxes."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = []
+    for height, width in sizes:
+        instances = Instances((height, width))
+        scale = torch.tensor([width, height, width, height])
+        low = torch.rand(boxes_per_image, 2, generator=generator) * 0.6
+        size = 0.1 + 0.25 * torch.rand(boxes_per_image, 2, generator=generator)
+        instances.gt_boxes = Boxes(torch.cat([low, low + size], 1) * scale)
+        shape = (boxes_per_image,)
+        instances.gt_classes = torch.randint(num_classes, shape, generator=generator)
+        shape = (3, height, width)
+        image = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+        inputs.append({"image": image, "instances": instances})
+    return inputs
+
+
+def make_targets(batch, count, num_classes=5, seed=0) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    targets = []
+    for _ in range(batch):
+        centre = 0.3 + 0.4 * torch.rand(count, 2, generator=generator)
+        size = 0.1 + 0.3 * torch.rand(count, 2, generator=generator)
+        labels = torch.randint(num_classes, (count,), generator=generator)
+        targets.append({"labels": labels, "boxes": torch.cat([centre, size], 1)})
+    return targets
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    return tiny_model()
