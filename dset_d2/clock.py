@@ -1,13 +1,41 @@
 """The count of training steps, which all schedules read."""
 
+import pickle
+from multiprocessing.reduction import ForkingPickler
 from multiprocessing.sharedctypes import RawValue
 
 import torch
 from torch import nn
 
-# The detector's count as data-loading workers see it: they run in other processes, where no
-# trainer and no model exist. It may lag by the batches that wait in the queue.
-shared_step = RawValue("q", 0)
+
+class SharedStep:
+    """A step number that data-loading workers, forked or spawned, share with the trainer.
+
+    They run in other processes, where no trainer and no model exist. What they see may lag by the
+    batches that wait in the queue.
+    """
+
+    def __init__(self, memory=None) -> None:
+        self.memory = RawValue("q", 0) if memory is None else memory
+
+    @property
+    def value(self) -> int:
+        return self.memory.value
+
+    @value.setter
+    def value(self, step: int) -> None:
+        self.memory.value = step
+
+    def __reduce__(self):
+        # Detectron2 pickles mappers by cloudpickle, which cannot share memory; this can.
+        return _attach, (bytes(ForkingPickler.dumps(self.memory)),)
+
+
+def _attach(memory: bytes) -> SharedStep:
+    return SharedStep(pickle.loads(memory))
+
+
+shared_step = SharedStep()
 
 
 class TrainingClock(nn.Module):

@@ -1,0 +1,297 @@
+"""The reader on small trees in the genuine layouts, with the genuine quirks."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools.coco import COCO
+
+from dset_d2.data.dair_v2x import (
+    CLASSES_8,
+    CLASSES_10,
+    DataError,
+    class_map,
+    clip_box,
+    load_dair_v2x,
+)
+from dset_d2.tools import dair_v2x_to_coco
+
+SPLITS = Path(__file__).parents[3] / "shared" / "data" / "dair_v2x_splits"
+
+
+def entry(kind="Car", box=(10, 20, 50, 60), **fields) -> dict:
+    names = ("xmin", "ymin", "xmax", "ymax")
+    return {"type": kind, "2d_box": {k: str(v) for k, v in zip(names, box)}} | fields
+
+
+class Tree:
+    """A side of DAIR-V2X with three train images and one val image, 100 x 80 pixels."""
+
+    def __init__(self, root: Path, label_key: str = "label_camera_std_path") -> None:
+        self.root = root
+        self.split_file = root.parent / "split.json"
+        (root / "image").mkdir(parents=True)
+        (root / "label/camera").mkdir(parents=True)
+        self.info = []
+        for stem in ("000003", "000001", "000002", "000009"):
+            Image.new("RGB", (100, 80)).save(root / f"image/{stem}.jpg")
+            self.info.append(
+                {"image_path": f"image/{stem}.jpg", label_key: f"label/camera/{stem}.json"}
+            )
+            self.label(stem, [entry()])
+        self.split_file.write_text(
+            json.dumps({"train": ["000001", "000002", "000003"], "val": ["000009"], "test": []})
+        )
+        self.write_info()
+
+    def write_info(self) -> None:
+        (self.root / "data_info.json").write_text(json.dumps(self.info))
+
+    def label(self, stem: str, records) -> None:
+        (self.root / f"label/camera/{stem}.json").write_text(json.dumps(records))
+
+    def load(self, split="train", **options) -> list[dict]:
+        return load_dair_v2x(self.root, self.split_file, split, **options)
+
+
+@pytest.fixture
+def tree(tmp_path) -> Tree:
+    return Tree(tmp_path / "side")
+
+
+def test_reads_strings_states_and_sizes(tree):
+    box = ("10.5", "20.25", "50", "60")
+    tree.label("000001", [entry("Truck", box, occluded_state="1", truncated_state=2)])
+    record = next(r for r in tree.load() if r["image_id"] == 1)
+    assert (record["height"], record["width"]) == (80, 100)
+    assert record["file_name"].endswith("image/000001.jpg")
+    (annotation,) = record["annotations"]
+    assert annotation["bbox"] == [10.5, 20.25, 50, 60]
+    assert annotation["category_id"] == CLASSES_8.index("Truck")
+    assert (annotation["occluded_state"], annotation["truncated_state"]) == (1, 2)
+    assert annotation["iscrowd"] == 0
+
+
+@pytest.mark.parametrize("key", ["label_camera_std_path", "label_camera_path", "unnamed"])
+def test_label_keys(tmp_path, key):
+    assert len(Tree(tmp_path / "side", key).load()) == 3
+
+
+@pytest.mark.parametrize(
+    ("spelling", "eight", "ten"),
+    [
+        ("Trafficcone", "Trafficcone", "Trafficcone"),
+        ("TrafficCone", "Trafficcone", "Trafficcone"),
+        ("traffic_cone", "Trafficcone", "Trafficcone"),
+        ("Barrow", "Cyclist", "Barrowlist"),
+        ("Barrowlist", "Cyclist", "Barrowlist"),
+        ("tricyclist", "Cyclist", "Tricyclist"),
+        ("MOTORCYCLIST", "Motorcyclist", "Motorcyclist"),
+    ],
+)
+def test_spellings(spelling, eight, ten):
+    key = spelling.lower().replace("_", "")
+    assert CLASSES_8[class_map(CLASSES_8)[key]] == eight
+    assert CLASSES_10[class_map(CLASSES_10)[key]] == ten
+
+
+def test_ignore_types_are_crowd_regions_of_what_they_hide(tree):
+    kinds = ["PedestrianIgnore", "CarIgnore", "Unknown_movable"]
+    tree.label("000001", [entry(kind, occluded_state="-1") for kind in kinds])
+    record = next(r for r in tree.load() if r["image_id"] == 1)
+    assert all(a["iscrowd"] == 1 for a in record["annotations"])
+    names = [CLASSES_8[a["category_id"]] for a in record["annotations"]]
+    assert names == ["Pedestrian", "Car", "Truck", "Van", "Bus", *CLASSES_8]
+
+
+def test_boxes_are_clipped_or_dropped_with_counts(tree, caplog):
+    boxes = [
+        (-5, 10, 50, 60),
+        (90, 70, 120, 200),
+        (30, 30, 30, 40),
+        (60, 50, 40, 55),
+        (200, 0, 220, 9),
+    ]
+    tree.label("000001", [entry(box=box) for box in boxes])
+    record = next(r for r in tree.load() if r["image_id"] == 1)
+    assert [a["bbox"] for a in record["annotations"]] == [[0, 10, 50, 60], [90, 70, 100, 80]]
+    assert "2 clipped, 3 dropped" in caplog.text
+
+
+def test_missing_files_are_counted_once(tree, caplog):
+    (tree.root / "image/000001.jpg").unlink()
+    (tree.root / "label/camera/000002.json").unlink()
+    split = json.loads(tree.split_file.read_text())
+    split["train"] += ["000777", "000778"]
+    tree.split_file.write_text(json.dumps(split))
+    assert [r["image_id"] for r in tree.load()] == [3]
+    warnings = [r for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert "1 images; 3 missing images, 1 missing labels" in warnings[0].getMessage()
+
+
+@pytest.mark.parametrize("folder", ["side-image", "up-side-image"])
+def test_images_in_sibling_folders(tmp_path, folder):
+    tree = Tree(tmp_path / "up" / "side")
+    sibling = tree.root.parent / folder
+    (tree.root / "image").rename(sibling)
+    assert len(tree.load()) == 3
+    sibling.rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="3 missing images"):
+        tree.load()
+    assert len(tree.load(image_root=tmp_path / "elsewhere")) == 3
+
+
+def test_empty_frames_stay(tree):
+    tree.label("000001", [])
+    assert len(tree.load()) == 3
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ({"type": "Car"}, "expected a list, found dict"),
+        (["Car"], "record 0: no object with a '2d_box'"),
+        ([entry(), {"type": "Car"}], "record 1: no object with a '2d_box'"),
+        ([entry(box=("a", 0, 9, 9))], "record 0: field 'xmin' is 'a', not a number"),
+        ([entry(box=("__import__('os')", 0, 9, 9))], "not a number"),
+        ([entry(box=("nan", 0, 9, 9))], "not finite"),
+        ([entry(box=(1, 2))], "record 0: no field 'xmax'"),
+        ([entry("Spaceship")], "record 0: unknown type 'Spaceship'"),
+        ([entry(occluded_state="3")], "field 'occluded_state' is '3', not 0, 1 or 2"),
+    ],
+)
+def test_bad_labels_name_file_and_record(tree, records, message):
+    tree.label("000002", records)
+    with pytest.raises(DataError, match="label/camera/000002.json.*" + message):
+        tree.load()
+
+
+def test_bad_files_are_named(tree):
+    with pytest.raises(DataError, match="no such folder; set DETECTRON2_DATASETS"):
+        load_dair_v2x(tree.root / "nowhere", tree.split_file, "train")
+    with pytest.raises(DataError, match="absent.json: no such file"):
+        load_dair_v2x(tree.root, tree.root / "absent.json", "train")
+    tree.split_file.write_text(json.dumps({"val": []}))
+    with pytest.raises(DataError, match="split.json: no key 'train'"):
+        tree.load()
+    tree.split_file.write_text("{")
+    with pytest.raises(DataError, match="split.json: not readable as JSON"):
+        tree.load()
+
+
+def test_bad_info_records_are_named(tree):
+    tree.info.append({"pointcloud_path": "x"})
+    tree.write_info()
+    with pytest.raises(DataError, match="data_info.json: record 4: no 'image_path'"):
+        tree.load()
+
+
+def test_broken_image_is_named(tree):
+    (tree.root / "image/000002.jpg").write_bytes(b"not an image")
+    with pytest.raises(DataError, match="000002.jpg: cannot read this image"):
+        tree.load()
+
+
+@given(st.lists(st.floats(-500, 500), min_size=4, max_size=4))
+def test_clipped_boxes_lie_in_the_image(values):
+    box = dict(zip(("xmin", "ymin", "xmax", "ymax"), map(str, values)))
+    clipped = clip_box(box, (80, 100), "here", Counter())
+    if clipped is not None:
+        x, y, x2, y2 = clipped
+        assert 0 <= x <= x2 - 1 and x2 <= 100 and 0 <= y <= y2 - 1 and y2 <= 80
+
+
+def test_registered_data_sets_follow_the_environment(tmp_path, monkeypatch):
+    base = tmp_path / "dair-v2x"
+    for folder in (
+        "single-infrastructure-side",
+        "single-vehicle-side",
+        "cooperative-vehicle-infrastructure/infrastructure-side",
+        "cooperative-vehicle-infrastructure/vehicle-side",
+    ):
+        Tree(base / folder)
+    (base / "split_datas").mkdir()
+    split = {"train": ["000001", "000002"], "val": ["000009"], "test": []}
+    cooperative = {"vehicle_split": split, "infrastructure_split": {"train": ["000003"]}}
+    for name in ("single-infrastructure", "single-vehicle"):
+        (base / f"split_datas/{name}-split-data.json").write_text(json.dumps(split))
+    (base / "split_datas/cooperative-split-data.json").write_text(json.dumps(cooperative))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    sizes = {
+        name: len(DatasetCatalog.get(f"dair_v2x_{name}"))
+        for name in ("i_train", "i_val", "v_train", "c_i_train", "c_v_train", "i_train_10cls")
+    }
+    assert list(sizes.values()) == [2, 1, 2, 1, 2, 2]
+    assert MetadataCatalog.get("dair_v2x_v_val").thing_classes == list(CLASSES_8)
+    assert MetadataCatalog.get("dair_v2x_v_val_10cls").thing_classes == list(CLASSES_10)
+
+
+def test_import_without_data_is_silent(tmp_path):
+    environment = os.environ | {"DETECTRON2_DATASETS": str(tmp_path / "absent")}
+    code = "import warnings; warnings.simplefilter('ignore'); import dset_d2"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_conversion_to_coco(tree, tmp_path, capsys):
+    tree.label("000001", [entry("Van", (10, 20, 50, 60), occluded_state=2), entry("CarIgnore")])
+    output = tmp_path / "out" / "train.json"
+    arguments = ["--root", tree.root, "--split-file", tree.split_file, "--split", "train"]
+    arguments = [*map(str, arguments), "--output", str(output)]
+    dair_v2x_to_coco.main(arguments)
+    assert "3 images, 7 boxes" in capsys.readouterr().out
+    first = output.read_bytes()
+    dair_v2x_to_coco.main(arguments)
+    assert output.read_bytes() == first
+    assert [f.name for f in output.parent.iterdir()] == ["train.json"]
+    coco = COCO(str(output))
+    assert sorted(coco.imgs) == [1, 2, 3]
+    assert (tree.root / coco.imgs[2]["file_name"]).is_file()
+    van = coco.loadAnns(coco.getAnnIds(imgIds=[1], iscrowd=False))
+    assert [coco.cats[a["category_id"]]["name"] for a in van] == ["Van"]
+    assert van[0]["bbox"] == [10, 20, 40, 40] and van[0]["occluded_state"] == 2
+    assert len(coco.getAnnIds(imgIds=[1], iscrowd=True)) == 4
+
+
+def test_conversion_reports_errors(tree, tmp_path, capsys):
+    arguments = ["--root", "nowhere", "--split-file", "x", "--split", "val", "--output", "y"]
+    with pytest.raises(SystemExit) as stop:
+        dair_v2x_to_coco.main(arguments)
+    assert stop.value.code == 1 and "nowhere: no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not SPLITS.is_dir(), reason="the official split files are not here")
+def test_official_split_files():
+    from dset_d2.data.dair_v2x import SIDES, read_split
+
+    sizes = {
+        side: [
+            len(read_split(SPLITS / f"{name}-split-data.json", keys, s))
+            for s in ("train", "val", "test")
+        ]
+        for side, (_, name, keys) in SIDES.items()
+    }
+    assert sizes == {
+        "i": [5042, 2016, 3026],
+        "v": [11163, 4464, 6698],
+        "c_i": [8800, 3624, 5906],
+        "c_v": [9322, 5963, 5230],
+    }
+
+
+def test_image_sizes_come_from_the_files(tree):
+    Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(tree.root / "image/000001.png")
+    (tree.root / "image/000001.png").rename(tree.root / "image/000001.jpg")
+    record = next(r for r in tree.load() if r["image_id"] == 1)
+    assert (record["height"], record["width"]) == (40, 60)

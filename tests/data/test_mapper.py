@@ -1,0 +1,192 @@
+import io
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import build_detection_train_loader
+from detectron2.data import transforms as T
+from detectron2.structures import BoxMode
+from PIL import Image
+
+from dset_d2.clock import shared_step
+from dset_d2.data.augmentation import (
+    RandomIoUCrop,
+    RandomPhotometric,
+    RandomZoomOut,
+    UntilStep,
+)
+from dset_d2.data.coco import coco_dataset
+from dset_d2.data.mapper import DETRMapper, read_image
+
+FRAME = Path(__file__).parents[3] / "shared" / "data" / "rope3d_frame" / "frame.jpg"
+COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+
+
+def record(tmp_path, boxes, size=(120, 160)) -> dict:
+    """An image of grey with one coloured rectangle per box, and its dataset dict."""
+    image = np.full((*size, 3), 100, np.uint8)
+    annotations = []
+    for index, (x, y, x2, y2) in enumerate(boxes):
+        image[y:y2, x:x2] = COLOURS[index]
+        annotations.append(
+            {"bbox": [x, y, x2, y2], "bbox_mode": BoxMode.XYXY_ABS, "category_id": index}
+        )
+    path = tmp_path / "image.png"
+    Image.fromarray(image).save(path)
+    return {"file_name": str(path), "image_id": 7, "annotations": annotations}
+
+
+def colour_share(image: torch.Tensor, box: torch.Tensor, colour) -> float:
+    """Share of the box's pixels that have the colour, up to resampling."""
+    x, y, x2, y2 = box.round().int().tolist()
+    patch = image[:, y:y2, x:x2].float().flatten(1)
+    return ((patch - torch.tensor(colour)[:, None]).abs().amax(0) < 60).float().mean().item()
+
+
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        T.RandomFlip(prob=1.0),
+        T.Resize((96, 96)),
+        RandomZoomOut(prob=1.0, max_scale=2.0),
+        RandomIoUCrop(prob=1.0),
+    ],
+    ids=lambda a: type(a).__name__,
+)
+def test_boxes_follow_their_objects(tmp_path, augmentation):
+    boxes = [(10, 10, 50, 40), (60, 50, 110, 100), (100, 20, 150, 60)]
+    mapper = DETRMapper(is_train=True, augmentations=[augmentation])
+    source = record(tmp_path, boxes)
+    torch.manual_seed(0)
+    seen = 0
+    for _ in range(20):
+        result = mapper(source)
+        instances = result["instances"]
+        assert instances.image_size == tuple(result["image"].shape[1:])
+        for box, label in zip(instances.gt_boxes.tensor, instances.gt_classes):
+            seen += 1
+            assert colour_share(result["image"], box, COLOURS[int(label)]) > 0.85
+    assert seen >= 20
+
+
+def test_crop_drops_objects_whose_centre_is_cut_away(tmp_path):
+    mapper = DETRMapper(is_train=True, augmentations=[RandomIoUCrop(prob=1.0)])
+    source = record(tmp_path, [(10, 10, 50, 40), (60, 50, 110, 100), (100, 20, 150, 60)])
+    torch.manual_seed(0)
+    counts = {len(mapper(source)["instances"]) for _ in range(40)}
+    assert counts <= {1, 2, 3} and len(counts) > 1
+
+
+def test_photometric_keeps_geometry(tmp_path):
+    mapper = DETRMapper(is_train=True, augmentations=[RandomPhotometric(prob=1.0)])
+    source = record(tmp_path, [(10, 10, 50, 40)])
+    torch.manual_seed(0)
+    result = mapper(source)
+    plain = DETRMapper(is_train=True, augmentations=[])(source)
+    assert result["image"].dtype == torch.uint8
+    assert not torch.equal(result["image"], plain["image"])
+    torch.testing.assert_close(
+        result["instances"].gt_boxes.tensor, plain["instances"].gt_boxes.tensor
+    )
+
+
+def test_strong_augmentation_ends_at_its_step(tmp_path, monkeypatch):
+    augmentation = UntilStep(RandomZoomOut(prob=1.0), end=5)
+    mapper = DETRMapper(is_train=True, augmentations=[augmentation])
+    source = record(tmp_path, [(10, 10, 50, 40)])
+    monkeypatch.setattr(shared_step, "value", 4)
+    assert mapper(source)["image"].shape[1:] != (120, 160)
+    monkeypatch.setattr(shared_step, "value", 5)
+    assert mapper(source)["image"].shape[1:] == (120, 160)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_see_the_step(tmp_path, method):
+    """The trainer's count reaches Detectron2's loader processes, however they were started."""
+    source = record(tmp_path, [(10, 10, 50, 40)]) | {"height": 120, "width": 160}
+    loader = build_detection_train_loader(
+        [source] * 4,
+        mapper=DETRMapper(is_train=True, augmentations=[UntilStep(RandomZoomOut(1.0), end=3)]),
+        total_batch_size=1,
+        num_workers=1,
+        aspect_ratio_grouping=False,
+        multiprocessing_context=method,
+    )
+    batches = iter(loader)
+    try:
+        assert next(batches)[0]["image"].shape[1:] != (120, 160)
+        shared_step.value = 3
+        for _ in range(5):  # what was queued before
+            image = next(batches)[0]["image"]
+        assert image.shape[1:] == (120, 160)
+    finally:
+        shared_step.value = 0
+
+
+def test_crowds_and_slivers_are_no_targets(tmp_path):
+    source = record(tmp_path, [(10, 10, 50, 40), (60, 50, 110, 100)])
+    source["annotations"][1]["iscrowd"] = 1
+    sliver = dict(source["annotations"][0], bbox=[5, 5, 5.5, 30])
+    source["annotations"].append(sliver)
+    result = DETRMapper(is_train=True, augmentations=[])(source)
+    assert result["instances"].gt_classes.tolist() == [0]
+    assert len(source["annotations"]) == 3  # the data set's own dict is left alone
+
+
+def test_images_without_annotations(tmp_path):
+    source = record(tmp_path, [])
+    augmentations = [RandomIoUCrop(1.0), RandomZoomOut(1.0), T.RandomFlip(), T.Resize((64, 64))]
+    result = DETRMapper(is_train=True, augmentations=augmentations)(source)
+    assert len(result["instances"]) == 0 and result["image"].shape == (3, 64, 64)
+    assert "instances" not in DETRMapper(is_train=False, augmentations=[])(source)
+
+
+def test_bytes_decide_not_the_suffix(tmp_path):
+    image = np.random.default_rng(0).integers(0, 255, (9, 7, 3), dtype=np.uint8)
+    path = tmp_path / "frame.jpg"
+    with open(path, "wb") as file:
+        Image.fromarray(image).save(file, format="PNG")
+    np.testing.assert_array_equal(read_image(str(path)), image)
+
+
+@pytest.mark.skipif(not FRAME.is_file(), reason="the genuine frame is not here")
+def test_genuine_frame_with_a_wrong_suffix():
+    assert read_image(str(FRAME)).shape == (1080, 1920, 3)
+
+
+def test_broken_images_are_named(tmp_path):
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(stream, format="JPEG")
+    (tmp_path / "half.jpg").write_bytes(stream.getvalue()[:400])
+    (tmp_path / "text.jpg").write_text("no image")
+    for name in ("half.jpg", "text.jpg"):
+        with pytest.raises(ValueError, match=f"{name}: cannot read this image"):
+            read_image(str(tmp_path / name))
+    with pytest.raises(FileNotFoundError, match="absent.jpg"):
+        read_image(str(tmp_path / "absent.jpg"))
+
+
+def test_wrong_size_in_the_dict_is_an_error(tmp_path):
+    source = record(tmp_path, []) | {"height": 5, "width": 5}
+    with pytest.raises(Exception, match="image.png"):
+        DETRMapper(is_train=False, augmentations=[])(source)
+
+
+def test_mapper_can_travel_to_a_worker():
+    mapper = DETRMapper(is_train=True, augmentations=[RandomPhotometric(), RandomIoUCrop()])
+    assert pickle.loads(pickle.dumps(mapper)).min_box_size == 1.0
+
+
+def test_coco_dataset_names_stand_for_one_file(tmp_path):
+    with pytest.raises(ValueError, match="'unset_train': set json_file and image_root"):
+        coco_dataset("unset_train", "", "")
+    (tmp_path / "a.json").write_text(
+        '{"images": [{"id": 1, "file_name": "x.jpg", "height": 4, "width": 5}],'
+        ' "annotations": [], "categories": [{"id": 3, "name": "car"}]}'
+    )
+    arguments = ("some_train", str(tmp_path / "a.json"), str(tmp_path))
+    assert len(coco_dataset(*arguments)) == len(coco_dataset(*arguments)) == 1
+    with pytest.raises(ValueError, match="some_train' stands for"):
+        coco_dataset("some_train", str(tmp_path / "b.json"), str(tmp_path))

@@ -1,0 +1,36 @@
+"""What is registered can be built from Detectron2's older configs."""
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_model
+
+import dset_d2
+from dset_d2.modeling import ENCODER_REGISTRY, DETRDetector
+
+from ..conftest import make_inputs
+
+
+@pytest.mark.parametrize("backbone", ["PResNet", "HGNetv2"])
+def test_build_from_cfg_node(backbone):
+    cfg = get_cfg()
+    dset_d2.add_detr_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.META_ARCHITECTURE = "DETRDetector"
+    cfg.MODEL.BACKBONE.NAME = backbone
+    cfg.MODEL.DECODER.NUM_CLASSES = 5
+    cfg.MODEL.ENCODER.HIDDEN_DIM = cfg.MODEL.DECODER.HIDDEN_DIM = 32
+    model = build_model(cfg)
+    assert isinstance(model, DETRDetector)
+    assert type(model.backbone).__name__ == backbone
+    losses = model(make_inputs([(64, 64)]))
+    sum(losses.values()).backward()
+    with torch.no_grad():
+        found = model.eval()(make_inputs([(64, 96)]))[0]["instances"]
+    assert len(found) == min(300, 5 * (8 * 12 + 4 * 6 + 2 * 3))
+
+
+def test_names_are_registered():
+    assert "DETRDetector" in META_ARCH_REGISTRY
+    assert "PResNet" in BACKBONE_REGISTRY and "HGNetv2" in BACKBONE_REGISTRY
+    assert "HybridEncoder" in ENCODER_REGISTRY

@@ -1,0 +1,126 @@
+import re
+import zipfile
+
+import pytest
+import torch
+from detectron2.config import instantiate
+
+import dset_d2
+from dset_d2.checkpoint import load_upstream
+
+from .conftest import tiny_config, tiny_model
+
+
+def fresh() -> torch.nn.Module:
+    return instantiate(tiny_config().model)
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in model.state_dict().items() if not k.startswith("clock.")}
+
+
+def assert_loaded(model, expected) -> None:
+    for name, value in weights(model).items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("wrap", ["ema", "model", "bare", "ddp"])
+def test_upstream_layouts(tmp_path, wrap):
+    state = weights(tiny_model())
+    wrong = {k: torch.zeros_like(v) for k, v in state.items()}
+    checkpoint = {
+        "ema": {"model": wrong, "ema": {"module": state, "updates": 5}, "date": "today"},
+        "model": {"model": state, "optimizer": {"state": {}}},
+        "bare": state,
+        "ddp": {f"module.{k}": v for k, v in state.items()},
+    }[wrap]
+    torch.save(checkpoint, tmp_path / "weights.pth")
+    model = fresh()
+    load_upstream(model, tmp_path / "weights.pth")
+    assert_loaded(model, state)
+
+
+def test_v1_names_and_computed_buffers():
+    state = weights(tiny_model())
+    old = {}
+    for name, value in state.items():
+        name = re.sub(r"(input_proj\.\d)\.conv", r"\1.0", name)
+        name = re.sub(r"(input_proj\.\d)\.norm", r"\1.1", name)
+        name = name.replace("enc_output.proj", "enc_output.0")
+        old[name.replace("enc_output.norm", "enc_output.1")] = value
+    assert old.keys() != state.keys()
+    old |= {"decoder.anchors": torch.zeros(1, 9, 4), "decoder.valid_mask": torch.ones(1, 9, 1)}
+    old["decoder.decoder.layers.0.cross_attn.num_points_scale"] = torch.zeros(12)
+    model = fresh()
+    load_upstream(model, old)
+    assert_loaded(model, state)
+
+
+def test_hgnetv2_names_of_rt_detr():
+    cfg = dset_d2.get_config("configs/rtdetr/rtdetrv2_hgnetv2_l_coco.py")
+    model, other = instantiate(cfg.model), instantiate(cfg.model)
+    state = weights(model)
+    upstream = {}
+    for name, value in state.items():
+        name = re.sub(r"(stem2[ab]\.conv)\.", r"\1.1.", name)
+        name = name.replace(".aggregation.0.", ".aggregation_squeeze_conv.")
+        upstream[name.replace(".aggregation.1.", ".aggregation_excitation_conv.")] = value
+    load_upstream(other, upstream)
+    assert_loaded(other, state)
+
+
+def test_backbone_alone():
+    state = weights(tiny_model().backbone)
+    model = fresh()
+    load_upstream(model, state)
+    for name, value in state.items():
+        assert torch.equal(model.backbone.state_dict()[name], value)
+
+
+def test_other_class_count_leaves_heads_fresh(caplog):
+    state = weights(tiny_model(num_classes=7))
+    model = fresh()
+    before = {k: v.clone() for k, v in weights(model).items()}
+    load_upstream(model, state)
+    for name, value in weights(model).items():
+        resized = before[name].shape != state[name].shape
+        assert resized == bool(re.search(r"score_head|denoising_class_embed", name))
+        assert torch.equal(value, before[name] if resized else state[name])
+    assert "another number of classes" in caplog.text
+
+
+def test_what_does_not_fit_is_named():
+    state = weights(tiny_model())
+    with pytest.raises(ValueError, match=r"1 keys without a place \['decoder.extra'\]"):
+        load_upstream(fresh(), state | {"decoder.extra": torch.zeros(1)})
+    lost = dict(state)
+    del lost["encoder.lateral_convs.0.conv.weight"]
+    with pytest.raises(ValueError, match="encoder.lateral_convs.0.conv.weight"):
+        load_upstream(fresh(), lost)
+    state["decoder.query_pos_head.layers.0.weight"] = torch.zeros(3, 3)
+    with pytest.raises(ValueError, match=r"query_pos_head.layers.0.weight has shape \(3, 3\)"):
+        load_upstream(fresh(), state)
+
+
+def test_files_that_are_no_checkpoints(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent.pth: no such checkpoint"):
+        load_upstream(fresh(), tmp_path / "absent.pth")
+    (tmp_path / "text.pth").write_text("not weights")
+    with pytest.raises(ValueError, match="text.pth: not a checkpoint that is safe to read"):
+        load_upstream(fresh(), tmp_path / "text.pth")
+    torch.save({"model": {"a": 1}}, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match="odd.pth: holds no state dict"):
+        load_upstream(fresh(), tmp_path / "odd.pth")
+
+
+def test_pickled_code_does_not_run(tmp_path):
+    """A checkpoint that would run a command when unpickled is refused."""
+
+    class Payload:
+        def __reduce__(self):
+            return (zipfile.ZipFile, (str(tmp_path / "ran.zip"), "w"))
+
+    torch.save({"model": Payload()}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match="evil.pth: not a checkpoint that is safe"):
+        load_upstream(fresh(), tmp_path / "evil.pth")
+    assert not (tmp_path / "ran.zip").exists()

@@ -1,0 +1,77 @@
+"""Every config builds, runs and survives being saved."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import LazyConfig, instantiate
+
+import dset_d2
+from dset_d2.config import apply_overrides
+
+from .conftest import make_inputs
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for top in ("configs", "projects")
+    for path in ROOT.glob(f"{top}/**/*_*.py")
+    if "common" not in path.parts
+)
+PARAMETERS = {  # published, in millions
+    "r18": 20,
+    "r34": 31,
+    "r50_m": 36,
+    "r50": 42,
+    "r101": 76,
+    "hgnetv2_l": 32,
+    "hgnetv2_x": 67,
+    "r18_dsp": 20,
+}
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_config_trains_and_detects(path, tmp_path):
+    cfg = dset_d2.get_config(path)
+    model = instantiate(cfg.model)
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in model.parameters() if p.requires_grad}
+    assert instantiate(cfg.lr_multiplier)(0.5) == pytest.approx(1, abs=0.99)
+
+    model.train()
+    losses = model(make_inputs([(64, 64)] * 2, num_classes=model.decoder.num_classes))
+    assert all(value.isfinite() for value in losses.values())
+    with torch.no_grad():
+        found = model.eval()(make_inputs([(64, 96)]))
+    assert found[0]["instances"].pred_boxes.tensor.isfinite().all()
+
+    del cfg.optimizer.params.model
+    LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
+    again = LazyConfig.load(str(tmp_path / "config.yaml"))
+    copy = instantiate(again.model)
+    assert [p.shape for p in copy.parameters()] == [p.shape for p in model.parameters()]
+    for part in (again.dataloader.train.mapper, again.lr_multiplier):
+        instantiate(part)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_published_parameter_counts(name):
+    model = instantiate(dset_d2.get_config(f"configs/rtdetr/rtdetrv2_{name}_coco.py").model)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    assert millions == pytest.approx(PARAMETERS[name], abs=1)
+
+
+def test_unknown_config_lists_its_neighbours():
+    with pytest.raises(FileNotFoundError, match="rtdetrv2_r18_coco.py"):
+        dset_d2.get_config("configs/rtdetr/rtdetrv2_r19_coco.py")
+
+
+def test_misspelt_override_suggests_the_right_key():
+    cfg = dset_d2.get_config("configs/rtdetr/rtdetrv2_r18_coco.py")
+    with pytest.raises(KeyError, match="model.decoder.num_queries"):
+        apply_overrides(cfg, ["model.decoder.num_querys=100"])
+    apply_overrides(cfg, ["model.decoder.num_queries=100", "optimizer.lr=3e-4"])
+    assert cfg.model.decoder.num_queries == 100
+    assert cfg.optimizer.params.base_lr == 3e-4
