@@ -1,8 +1,12 @@
 """A narrow RT-DETRv2-R18 for minutes of training on a CPU, on the infrastructure side of DAIR-V2X
 or on generated scenes in its layout (``make demo``)."""
 
+from detectron2.config import LazyCall as L
+from detectron2.solver import WarmupParamScheduler
+from fvcore.common.param_scheduler import CosineParamScheduler
+
 from ..common.data import dataloader
-from ..common.optim import lr_multiplier, optimizer
+from ..common.optim import optimizer
 from ..common.rtdetr_r18 import model
 from ..common.train import train
 
@@ -14,19 +18,25 @@ model.decoder.update(
 dataloader.image_size = [192, 320]
 dataloader.strong_augmentation_end = 0
 dataloader.train.dataset.names = "dair_v2x_i_train"
-dataloader.train.update(total_batch_size=8, num_workers=1)
+dataloader.train.update(total_batch_size=4, num_workers=1)
 dataloader.test.dataset.names = "dair_v2x_i_val"
 dataloader.test.num_workers = 1
 
-epoch = 400 // 8  # images / batch
+epoch = 480 // 4  # images / batch
 optimizer.lr = 4e-4
-lr_multiplier.warmup_iters = 50
+lr_multiplier = L(WarmupParamScheduler)(
+    scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=0.01),
+    warmup_factor=0.01,
+    warmup_length=0.1,
+    warmup_method="linear",
+)
 train.update(
     output_dir="./output/rtdetrv2_r18_roadside",
     seed=0,
-    max_iter=6 * epoch,
-    eval_period=2 * epoch,
+    max_iter=5 * epoch,
+    eval_period=epoch,
     best_metric="bbox/AP50",
+    log_period=10,
 )
-train.checkpointer.period = 2 * epoch
-train.ema.update(decay=0.99, warmup=50)
+train.checkpointer.period = epoch
+train.ema.update(decay=0.98, warmup=50)

@@ -3,11 +3,7 @@
 import torch
 from detectron2.solver import WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params
-from fvcore.common.param_scheduler import (
-    ConstantParamScheduler,
-    LinearParamScheduler,
-    ParamScheduler,
-)
+from fvcore.common.param_scheduler import LinearParamScheduler, ParamScheduler
 from torch import nn
 
 
@@ -60,5 +56,6 @@ def warmup_constant(max_iter: int, warmup_iters: int) -> ParamScheduler:
     start = 1 / warmup_iters
     if warmup_iters >= max_iter:  # the run ends within the warm-up
         return LinearParamScheduler(start, max_iter / warmup_iters)
-    constant = ConstantParamScheduler(1.0)
+    # fvcore's constant schedule refuses the very end, where Detectron2 asks after the last step.
+    constant = LinearParamScheduler(1.0, 1.0)
     return WarmupParamScheduler(constant, start, warmup_iters / max_iter, "linear")

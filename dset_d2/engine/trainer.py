@@ -1,5 +1,6 @@
 """Detectron2's trainers with an early end, and a checkpointer that never leaves half a file."""
 
+import logging
 import math
 import os
 
@@ -10,6 +11,8 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from ..files import write_atomically
+
+logger = logging.getLogger(__name__)
 
 
 class _EarlyEnd:
@@ -22,6 +25,7 @@ class _EarlyEnd:
         self.stopped = True
 
     def train(self, start_iter: int, max_iter: int) -> None:
+        logger.info("Starting training from iteration %d", start_iter)
         self.iter = self.start_iter = start_iter
         self.max_iter = max_iter
         with EventStorage(start_iter) as self.storage:

@@ -1,0 +1,161 @@
+"""Whole runs: through Detectron2's launcher and through ours, killed, resumed, poisoned."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dset_d2.data.roadside import write_dataset
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "configs/rtdetr/rtdetrv2_r18_roadside.py"
+TINY = [
+    "model.encoder.hidden_dim=32",
+    "model.encoder.dim_feedforward=64",
+    "model.decoder.hidden_dim=32",
+    "model.decoder.dim_feedforward=64",
+    "model.decoder.num_queries=30",
+    "model.decoder.num_denoising=10",
+    "dataloader.image_size=[64,96]",
+    "dataloader.train.total_batch_size=2",
+    "dataloader.train.num_workers=0",
+    "dataloader.test.num_workers=0",
+    "dataloader.strong_augmentation_end=4",
+    "lr_multiplier.warmup_iters=4",
+    "train.log_period=1",
+]
+OURS = ["-m", "dset_d2.tools.lazyconfig_train_net"]
+STOCK = [str(Path(__file__).with_name("stock_launcher.py"))]
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("datasets")
+    write_dataset(root, num_train=8, num_val=4, height=96, width=160, seed=1)
+    return root
+
+
+def command(launcher, output: Path, *options: str) -> list[str]:
+    flags = [option for option in options if option.startswith("--")]
+    overrides = [option for option in options if not option.startswith("--")]
+    python = [sys.executable, "-W", "ignore", *launcher, "--config-file", CONFIG]
+    return [*python, *flags, *TINY, f"train.output_dir={output}", *overrides]
+
+
+def environment(datasets: Path) -> dict[str, str]:
+    return os.environ | {"DETECTRON2_DATASETS": str(datasets), "OMP_NUM_THREADS": "2"}
+
+
+def run(datasets: Path, launcher, output: Path, *options: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(launcher, output, *options),
+        env=environment(datasets),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+
+
+def losses(output: Path) -> dict[int, dict]:
+    return {m["iteration"]: m for m in metrics(output) if "total_loss" in m}
+
+
+def test_stock_launcher_trains_resumes_and_evaluates(datasets, tmp_path):
+    periods = ["train.eval_period=4", "train.checkpointer.period=4"]
+    result = run(datasets, STOCK, tmp_path, "train.max_iter=4", *periods)
+    assert result.returncode == 0, result.stderr[-2000:]
+    result = run(datasets, STOCK, tmp_path, "--resume", "train.max_iter=6", *periods)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert sorted(losses(tmp_path)) == [0, 1, 2, 3, 4, 5]
+    assert any("bbox/AP50" in m for m in metrics(tmp_path))
+    state = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert int(state["model"]["clock.steps"]) == 6
+    final = f"train.init_checkpoint={tmp_path}/model_final.pth"
+    result = run(datasets, STOCK, tmp_path, "--eval-only", final)
+    assert result.returncode == 0 and "copypaste: Task: bbox" in result.stdout
+
+
+def optimizer_steps(state: dict) -> set[int]:
+    return {int(p["step"]) for p in state["trainer"]["optimizer"]["state"].values()}
+
+
+def test_killed_run_resumes_exactly(datasets, tmp_path):
+    """SIGKILL in the middle; the rest equals a run that was never killed, but for the data."""
+    options = ["train.max_iter=12", "train.eval_period=100", "train.checkpointer.period=3"]
+    process = subprocess.Popen(
+        command(OURS, tmp_path, *options),
+        env=environment(datasets),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "model_0000005.pth").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    last = (tmp_path / "last_checkpoint").read_text()
+    saved = torch.load(tmp_path / last, weights_only=True)
+    step = saved["iteration"] + 1
+    assert step < 12
+    assert int(saved["model"]["clock.steps"]) == saved["ema"]["updates"] == step
+    assert optimizer_steps(saved) == {step}
+
+    result = run(datasets, OURS, tmp_path, "--resume", *options)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert f"Starting training from iteration {step}" in result.stdout
+    logged = losses(tmp_path)
+    assert sorted(logged) == list(range(12))
+    # The learning rate after warm-up, and within it, is the schedule's.
+    assert [logged[i]["lr"] for i in (0, 1, 11)] == pytest.approx([1e-4, 2e-4, 4e-4])
+    state = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert int(state["model"]["clock.steps"]) == state["ema"]["updates"] == 12
+    assert optimizer_steps(state) == {12}
+
+
+def test_best_checkpoint_and_early_stopping(datasets, tmp_path):
+    """A rate of 0 never improves: training ends after `patience` further evaluations."""
+    options = [
+        "optimizer.lr=0",
+        "train.max_iter=40",
+        "train.eval_period=2",
+        "train.early_stopping_patience=2",
+        "train.best_metric=bbox/AP",
+    ]
+    result = run(datasets, OURS, tmp_path, *options)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "Stopping early: bbox/AP did not rise" in result.stdout
+    assert max(losses(tmp_path)) == 5
+    best = torch.load(tmp_path / "model_best.pth", weights_only=True)
+    assert best["iteration"] == 1 and best["ema"]["updates"] == 2
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    checkpoint = f"train.init_checkpoint={tmp_path}/model_best.pth"
+    result = run(datasets, OURS, tmp_path, "--eval-only", checkpoint)
+    assert result.returncode == 0 and "copypaste: Task: bbox" in result.stdout
+
+
+def test_non_finite_loss_stops_and_is_named(datasets, tmp_path):
+    result = run(datasets, OURS, tmp_path, "model.criterion.weights.giou=.nan", "train.max_iter=3")
+    assert result.returncode != 0
+    error = result.stderr.strip().splitlines()[-1]
+    assert "FloatingPointError: training stops at iteration 0: losses not finite" in error
+    assert "loss_giou" in error and "loss_bbox" not in error
+    assert not list(tmp_path.glob("*.pth"))
+
+
+def test_misspelt_override_stops_before_anything(datasets, tmp_path):
+    result = run(datasets, OURS, tmp_path / "out", "model.decoder.num_querys=3")
+    assert result.returncode != 0 and "model.decoder.num_queries" in result.stderr
+    assert not (tmp_path / "out").exists()
