@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-# Upstream's buffers that follow from sizes; here they are computed.
-COMPUTED = re.compile(r"(^|\.)(anchors|valid_mask|num_points_scale|pos_embed\d*)$")
+# Upstream's entries that follow from sizes and settings; here they are computed.
+COMPUTED = re.compile(
+    r"(^|\.)(anchors|valid_mask|num_points_scale|pos_embed\d*|up|reg_scale|project)$"
+)
 
 # Older or other upstream names of the same parameters.
 RENAMES = (
@@ -69,7 +71,7 @@ def rename(key: str) -> str:
 
 
 def load_upstream(model: nn.Module, source: str | Path | dict) -> None:
-    """Load released RT-DETR or RT-DETRv2 weights, or those of a run of ours, in place.
+    """Load released RT-DETR, RT-DETRv2 or D-FINE weights, or those of a run of ours, in place.
 
     A state dict whose keys all belong to the backbone (an ImageNet model) goes there alone.
     Class heads of another number of classes keep their fresh initialisation, with a warning.
@@ -91,7 +93,11 @@ def load_upstream(model: nn.Module, source: str | Path | dict) -> None:
     module = model
     if hasattr(model, "backbone") and state.keys() <= model.backbone.state_dict().keys():
         module = model.backbone
-    wanted = {k: v for k, v in module.state_dict().items() if not k.startswith("clock.")}
+    wanted = {
+        key: value
+        for key, value in module.state_dict().items()
+        if not key.startswith("clock.") and not COMPUTED.search(key)
+    }
     unknown = sorted(state.keys() - wanted.keys() - {"clock.steps"})
     missing = sorted(wanted.keys() - state.keys())
     if unknown or missing:
@@ -101,10 +107,49 @@ def load_upstream(model: nn.Module, source: str | Path | dict) -> None:
             f"{len(missing)} parameters without a key {missing[:5]}"
         )
     resized = [k for k in wanted if state[k].shape != wanted[k].shape]
+    widths = ffn_widths(wanted, state)
+    refitted = {f"{ffn}.{name}" for ffn in widths for name in FFN_SHAPES}
+    resized = [k for k in resized if k not in refitted]
     wrong = [k for k in resized if not CLASS_HEADS.match(k)]
     if wrong:
         shapes = f"{tuple(state[wrong[0]].shape)}, the model's {tuple(wanted[wrong[0]].shape)}"
         raise ValueError(f"{name} does not fit the model: {wrong[0]} has shape {shapes}")
     if resized:
         logger.warning("%s: another number of classes; left fresh: %s", name, ", ".join(resized))
+    for ffn, width in widths.items():
+        resize_ffn(module.get_submodule(ffn), width)
+        logger.warning("%s: %s has %d hidden units; the model's follows", name, ffn, width)
     module.load_state_dict({k: state[k] for k in wanted if k not in resized}, strict=False)
+
+
+# Shapes of a dense FFN's parameters by its width and the channels around it.
+FFN_SHAPES = {
+    "linear1.weight": lambda width, dim: (width, dim),
+    "linear1.bias": lambda width, dim: (width,),
+    "linear2.weight": lambda width, dim: (dim, width),
+}
+
+
+def ffn_widths(wanted: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, int]:
+    """Name and width of each FFN that differs from the model's in nothing but its width.
+
+    D-FINE's decoders are about with 512 and with 1024 hidden units under one name.
+    """
+    widths = {}
+    for key, value in state.items():
+        ffn, _, name = key.rpartition(".linear1.")
+        if name != "weight" or value.shape[0] == wanted[key].shape[0]:
+            continue
+        width, dim = len(value), wanted[key].shape[1]
+        shapes = {name: shape(width, dim) for name, shape in FFN_SHAPES.items()}
+        if all(tuple(state[f"{ffn}.{name}"].shape) == shape for name, shape in shapes.items()):
+            widths[ffn] = width
+    return widths
+
+
+def resize_ffn(module: nn.Module, width: int) -> None:
+    """In place: optimizers and averages keep their hold of the parameters."""
+    for name, shape in FFN_SHAPES.items():
+        parameter = module.get_parameter(name)
+        parameter.data = parameter.new_empty(shape(width, module.linear1.in_features))
+    module.linear1.out_features = module.linear2.in_features = width

@@ -71,6 +71,7 @@ def add_detr_config(cfg: CfgNode) -> None:
     cfg.MODEL.HGNETV2 = CfgNode(
         {
             "NAME": "L",
+            "USE_LAB": False,
             "FREEZE_AT": 0,
             "FREEZE_NORM": True,
             "OUT_FEATURES": ["stage2", "stage3", "stage4"],
@@ -84,12 +85,14 @@ def add_detr_config(cfg: CfgNode) -> None:
             "DIM_FEEDFORWARD": 1024,
             "DROPOUT": 0.0,
             "NUM_LAYERS": 1,
+            "FUSION": "csp_rep",
             "EXPANSION": 0.5,
             "DEPTH_MULT": 1.0,
         }
     )
     cfg.MODEL.DECODER = CfgNode(
         {
+            "NAME": "RTDETRDecoder",
             "NUM_CLASSES": 80,
             "HIDDEN_DIM": 256,
             "NUM_QUERIES": 300,
@@ -101,5 +104,9 @@ def add_detr_config(cfg: CfgNode) -> None:
             "CROSS_ATTN_METHOD": "default",
             "QUERY_SELECT_METHOD": "default",
             "NUM_DENOISING": 100,
+            # Of DFINEDecoder alone:
+            "LAYER_SCALE": 1.0,
+            "REG_MAX": 32,
+            "REG_SCALE": 4.0,
         }
     )

@@ -1,10 +1,12 @@
 from .backbone import HGNetv2, PResNet
-from .criterion import HungarianMatcher, SetCriterion
-from .decoder import RTDETRDecoder
+from .criterion import DFINECriterion, HungarianMatcher, SetCriterion
+from .decoder import DFINEDecoder, RTDETRDecoder
 from .detector import DETRDetector
 from .encoder import ENCODER_REGISTRY, HybridEncoder, build_encoder
 
 __all__ = [
+    "DFINECriterion",
+    "DFINEDecoder",
     "DETRDetector",
     "ENCODER_REGISTRY",
     "HGNetv2",

@@ -12,9 +12,20 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from ..clock import TrainingClock
-from .criterion import HungarianMatcher, SetCriterion
-from .decoder import RTDETRDecoder
+from .criterion import DFINECriterion, HungarianMatcher, SetCriterion
+from .decoder import DFINEDecoder, RTDETRDecoder
 from .encoder import build_encoder
+from .layers import check_choice
+
+# Decoders by name, their criteria and the weights of the losses.
+DECODERS = {
+    "RTDETRDecoder": (RTDETRDecoder, SetCriterion, {"vfl": 1.0, "bbox": 5.0, "giou": 2.0}),
+    "DFINEDecoder": (
+        DFINEDecoder,
+        DFINECriterion,
+        {"vfl": 1.0, "mal": 1.0, "bbox": 5.0, "giou": 2.0, "fgl": 0.15, "ddf": 1.5},
+    ),
+}
 
 
 @META_ARCH_REGISTRY.register()
@@ -62,13 +73,14 @@ class DETRDetector(nn.Module):
     @classmethod
     def from_config(cls, cfg) -> dict:
         backbone = build_backbone(cfg)
-        decoder = RTDETRDecoder(cfg)
-        weights = {"vfl": 1.0, "bbox": 5.0, "giou": 2.0}
+        check_choice("MODEL.DECODER.NAME", cfg.MODEL.DECODER.NAME, DECODERS)
+        make_decoder, make_criterion, weights = DECODERS[cfg.MODEL.DECODER.NAME]
+        decoder = make_decoder(cfg)
         return {
             "backbone": backbone,
             "encoder": build_encoder(cfg, backbone.output_shape()),
             "decoder": decoder,
-            "criterion": SetCriterion(decoder.num_classes, HungarianMatcher(), weights),
+            "criterion": make_criterion(decoder.num_classes, HungarianMatcher(), weights),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,

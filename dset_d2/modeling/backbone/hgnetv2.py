@@ -1,4 +1,5 @@
-"""PP-HGNetV2, the backbone of RT-DETR-L and -X (https://arxiv.org/abs/2304.08069)."""
+"""PP-HGNetV2, the backbone of RT-DETR-L and -X (https://arxiv.org/abs/2304.08069) and of D-FINE
+(https://arxiv.org/abs/2410.13842)."""
 
 from typing import NamedTuple
 
@@ -28,7 +29,25 @@ class StageConfig(NamedTuple):
 
 # name: (stem's mid and out channels, the four stages)
 ARCHITECTURES = {
-    "L": (
+    "B0": (
+        (16, 16),
+        (
+            StageConfig(16, 16, 64, 1, False, 3, 3),
+            StageConfig(64, 32, 256, 1, False, 3, 3),
+            StageConfig(256, 64, 512, 2, True, 5, 3),
+            StageConfig(512, 128, 1024, 1, True, 5, 3),
+        ),
+    ),
+    "B2": (
+        (24, 32),
+        (
+            StageConfig(32, 32, 96, 1, False, 3, 4),
+            StageConfig(96, 64, 384, 1, False, 3, 4),
+            StageConfig(384, 128, 768, 3, True, 5, 4),
+            StageConfig(768, 256, 1536, 1, True, 5, 4),
+        ),
+    ),
+    "B4": (
         (32, 48),
         (
             StageConfig(48, 48, 128, 1, False, 3, 6),
@@ -37,7 +56,7 @@ ARCHITECTURES = {
             StageConfig(1024, 384, 2048, 1, True, 5, 6),
         ),
     ),
-    "X": (
+    "B5": (
         (32, 64),
         (
             StageConfig(64, 64, 128, 1, False, 3, 6),
@@ -47,10 +66,28 @@ ARCHITECTURES = {
         ),
     ),
 }
+# RT-DETR's names of the same networks.
+ARCHITECTURES |= {"L": ARCHITECTURES["B4"], "X": ARCHITECTURES["B5"]}
+
+
+class LearnableAffine(nn.Module):
+    """One learned scale and bias for a whole feature map (LAB)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x + self.bias
 
 
 class ConvBNAct(nn.Module):
-    """Convolution, batch norm and optional ReLU; an even kernel pads right and below only."""
+    """Convolution, batch norm and optional ReLU; an even kernel pads right and below only.
+
+    Args:
+        lab: a learnable affine map follows the ReLU, if there is one.
+    """
 
     def __init__(
         self,
@@ -60,6 +97,7 @@ class ConvBNAct(nn.Module):
         stride: int = 1,
         groups: int = 1,
         act: bool = True,
+        lab: bool = False,
     ) -> None:
         super().__init__()
         self.pad = (0, 1, 0, 1) if kernel_size % 2 == 0 else None
@@ -69,20 +107,25 @@ class ConvBNAct(nn.Module):
         )
         self.bn = nn.BatchNorm2d(out_channels)
         self.act = nn.ReLU() if act else nn.Identity()
+        self.lab = LearnableAffine() if act and lab else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pad:
             x = F.pad(x, self.pad)
-        return self.act(self.bn(self.conv(x)))
+        return self.lab(self.act(self.bn(self.conv(x))))
 
 
 class LightConv(nn.Module):
     """1x1 convolution, then a depthwise one."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, lab: bool = False
+    ) -> None:
         super().__init__()
         self.conv1 = ConvBNAct(in_channels, out_channels, 1, act=False)
-        self.conv2 = ConvBNAct(out_channels, out_channels, kernel_size, groups=out_channels)
+        self.conv2 = ConvBNAct(
+            out_channels, out_channels, kernel_size, groups=out_channels, lab=lab
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv2(self.conv1(x))
@@ -91,13 +134,13 @@ class LightConv(nn.Module):
 class Stem(nn.Module):
     """(B, 3, H, W) -> (B, out_channels, H / 4, W / 4)."""
 
-    def __init__(self, mid_channels: int, out_channels: int) -> None:
+    def __init__(self, mid_channels: int, out_channels: int, lab: bool) -> None:
         super().__init__()
-        self.stem1 = ConvBNAct(3, mid_channels, 3, 2)
-        self.stem2a = ConvBNAct(mid_channels, mid_channels // 2, 2)
-        self.stem2b = ConvBNAct(mid_channels // 2, mid_channels, 2)
-        self.stem3 = ConvBNAct(mid_channels * 2, mid_channels, 3, 2)
-        self.stem4 = ConvBNAct(mid_channels, out_channels, 1)
+        self.stem1 = ConvBNAct(3, mid_channels, 3, 2, lab=lab)
+        self.stem2a = ConvBNAct(mid_channels, mid_channels // 2, 2, lab=lab)
+        self.stem2b = ConvBNAct(mid_channels // 2, mid_channels, 2, lab=lab)
+        self.stem3 = ConvBNAct(mid_channels * 2, mid_channels, 3, 2, lab=lab)
+        self.stem4 = ConvBNAct(mid_channels, out_channels, 1, lab=lab)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem1(x)
@@ -109,16 +152,16 @@ class Stem(nn.Module):
 class HGBlock(nn.Module):
     """A chain of convolutions whose every output is concatenated, then squeezed and excited."""
 
-    def __init__(self, config: StageConfig, in_channels: int) -> None:
+    def __init__(self, config: StageConfig, in_channels: int, lab: bool) -> None:
         super().__init__()
         layer = LightConv if config.light else ConvBNAct
         mid, out = config.mid_channels, config.out_channels
         widths = [in_channels] + [mid] * config.layers
         self.layers = nn.ModuleList(
-            layer(channels, mid, config.kernel_size) for channels in widths[:-1]
+            layer(channels, mid, config.kernel_size, lab=lab) for channels in widths[:-1]
         )
         self.aggregation = nn.Sequential(
-            ConvBNAct(sum(widths), out // 2, 1), ConvBNAct(out // 2, out, 1)
+            ConvBNAct(sum(widths), out // 2, 1, lab=lab), ConvBNAct(out // 2, out, 1, lab=lab)
         )
         # Upstream adds the identity in all blocks of a stage but the first, whatever its widths.
         self.residual = False
@@ -132,7 +175,7 @@ class HGBlock(nn.Module):
 
 
 class HGStage(nn.Module):
-    def __init__(self, config: StageConfig, downsample: bool) -> None:
+    def __init__(self, config: StageConfig, downsample: bool, lab: bool) -> None:
         super().__init__()
         channels = config.in_channels
         if downsample:
@@ -141,7 +184,7 @@ class HGStage(nn.Module):
             self.downsample = nn.Identity()
         self.blocks = nn.Sequential()
         for index in range(config.blocks):
-            block = HGBlock(config, channels)
+            block = HGBlock(config, channels, lab)
             block.residual = index > 0
             self.blocks.append(block)
             channels = config.out_channels
@@ -155,7 +198,8 @@ class HGNetv2(Backbone):
     """PP-HGNetV2.
 
     Args:
-        name: "L" or "X".
+        name: "B0", "B2", "B4" or "B5"; "L" and "X" are RT-DETR's names of the last two.
+        use_lab: a learnable affine map after every ReLU.
         freeze_at: parts that are not trained: -1 none, 0 the stem, n the stem and n stages.
         freeze_norm: replace every batch norm by its frozen form.
         out_features: names among ``stage1`` ... ``stage4`` (strides 4 ... 32).
@@ -166,6 +210,7 @@ class HGNetv2(Backbone):
         self,
         *,
         name: str,
+        use_lab: bool = False,
         freeze_at: int = -1,
         freeze_norm: bool = False,
         out_features: tuple[str, ...] = ("stage2", "stage3", "stage4"),
@@ -178,9 +223,9 @@ class HGNetv2(Backbone):
         stem, stages = ARCHITECTURES[name]
         self._out_feature_channels = dict(zip(STAGES, (s.out_channels for s in stages)))
         self._out_feature_strides = dict(zip(STAGES, (4, 8, 16, 32)))
-        self.stem = Stem(*stem)
+        self.stem = Stem(*stem, use_lab)
         self.stages = nn.ModuleList(
-            HGStage(config, downsample=index > 0) for index, config in enumerate(stages)
+            HGStage(config, index > 0, use_lab) for index, config in enumerate(stages)
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -192,6 +237,7 @@ class HGNetv2(Backbone):
         node = cfg.MODEL.HGNETV2
         return {
             "name": node.NAME,
+            "use_lab": node.USE_LAB,
             "freeze_at": node.FREEZE_AT,
             "freeze_norm": node.FREEZE_NORM,
             "out_features": tuple(node.OUT_FEATURES),

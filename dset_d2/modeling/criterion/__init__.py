@@ -1,4 +1,5 @@
+from .dfine_criterion import DFINECriterion
 from .matcher import HungarianMatcher
 from .set_criterion import SetCriterion
 
-__all__ = ["HungarianMatcher", "SetCriterion"]
+__all__ = ["DFINECriterion", "HungarianMatcher", "SetCriterion"]

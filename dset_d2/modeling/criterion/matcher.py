@@ -27,6 +27,9 @@ class Matches(NamedTuple):
         target = [t + int(offset) for t, offset in zip(target, offsets)]
         return cls(torch.cat(image), torch.cat(query), torch.cat(target))
 
+    def to(self, device: torch.device) -> "Matches":
+        return Matches(*(index.to(device) for index in self))
+
 
 class HungarianMatcher(nn.Module):
     """One-to-one matching by focal classification, L1 and GIoU costs.
@@ -69,6 +72,8 @@ class HungarianMatcher(nn.Module):
     ) -> list[Matches]:
         """Match every set of predictions on its own; costs come to the CPU in one transfer.
 
+        The matches stay on the CPU.
+
         Args:
             outputs: S sets with ``pred_logits`` (B, Q, C) and ``pred_boxes`` (B, Q, 4).
             targets: per image ``labels`` (n,) and ``boxes`` (n, 4).
@@ -95,6 +100,4 @@ class HungarianMatcher(nn.Module):
             for found, cost in zip(pairs, chunk.reshape(sets, queries, count)):
                 query, target = linear_sum_assignment(cost)
                 found.append((torch.from_numpy(query), torch.from_numpy(target)))
-        device = logits.device
-        matches = [Matches.from_lists(*zip(*found), counts) for found in pairs]
-        return [Matches(*(index.to(device) for index in match)) for match in matches]
+        return [Matches.from_lists(*zip(*found), counts) for found in pairs]

@@ -1,5 +1,7 @@
 """Set criterion of RT-DETR: varifocal, L1 and GIoU losses on all layers."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from detectron2.structures.boxes import Boxes, matched_pairwise_iou
@@ -21,6 +23,16 @@ def average_count(count: int, device: torch.device) -> Tensor:
     return total.clamp(min=1) / comm.get_world_size()
 
 
+class Pairs(NamedTuple):
+    """Matched predictions and what they should be, M in all."""
+
+    match: Matches
+    labels: Tensor  # (M,)
+    boxes: Tensor  # (M, 4) predicted cx, cy, w, h
+    wanted: Tensor  # (M, 4)
+    iou: Tensor  # (M,) of the two, without gradient
+
+
 class SetCriterion(nn.Module):
     """Losses of a set of predictions after matching.
 
@@ -31,6 +43,8 @@ class SetCriterion(nn.Module):
         alpha, gamma: of the varifocal loss (https://arxiv.org/abs/2008.13367).
     """
 
+    terms = ("vfl", "bbox", "giou")
+
     def __init__(
         self,
         num_classes: int,
@@ -40,8 +54,8 @@ class SetCriterion(nn.Module):
         gamma: float = 2.0,
     ) -> None:
         super().__init__()
-        if set(weights) != {"vfl", "bbox", "giou"}:
-            raise ValueError(f"weights={dict(weights)} must have the keys vfl, bbox and giou")
+        if set(weights) != set(self.terms):
+            raise ValueError(f"weights={dict(weights)} must have the keys {', '.join(self.terms)}")
         self.num_classes = num_classes
         self.matcher = matcher
         self.weights = dict(weights)
@@ -67,19 +81,13 @@ class SetCriterion(nn.Module):
         divisor = average_count(sum(counts), outputs["pred_logits"].device)
         layers = [in_fp32(x) for x in (outputs, *outputs["aux_outputs"])]
         selected = [in_fp32(x) for x in outputs["enc_outputs"]]
-        # Class-agnostic scores of the encoder know one class only.
-        agnostic = selected[0]["pred_logits"].shape[-1] != self.num_classes
-        enc_targets = without_classes(targets) if agnostic else targets
-        if agnostic:
-            matches = self.matcher(layers, targets) + self.matcher(selected, enc_targets)
-        else:
-            matches = self.matcher(layers + selected, targets)
+        matches, enc_matches, enc_targets = self.match(layers, selected, targets)
         suffixes = [""] + [f"_aux_{i}" for i in range(len(layers) - 1)]
 
         losses = {}
         for suffix, layer, match in zip(suffixes, layers, matches):
             losses |= self.set_losses(layer, targets, match, divisor, suffix)
-        for i, (layer, match) in enumerate(zip(selected, matches[len(layers) :])):
+        for i, (layer, match) in enumerate(zip(selected, enc_matches)):
             losses |= self.set_losses(layer, enc_targets, match, divisor, f"_enc_{i}")
         if "denoising" in outputs:
             denoising = outputs["denoising"]
@@ -89,6 +97,22 @@ class SetCriterion(nn.Module):
                 losses |= self.set_losses(in_fp32(layer), targets, match, divided_by, f"_dn_{i}")
         return losses
 
+    def match(
+        self,
+        layers: list[dict[str, Tensor]],
+        selected: list[dict[str, Tensor]],
+        targets: list[dict[str, Tensor]],
+    ) -> tuple[list[Matches], list[Matches], list[dict[str, Tensor]]]:
+        """Matches of the layers and of the selected tokens, and the targets of the latter.
+
+        Class-agnostic scores of the selected tokens know one class only.
+        """
+        if selected[0]["pred_logits"].shape[-1] == self.num_classes:
+            matches = self.matcher(layers + selected, targets)
+            return matches[: len(layers)], matches[len(layers) :], targets
+        enc_targets = without_classes(targets)
+        return self.matcher(layers, targets), self.matcher(selected, enc_targets), enc_targets
+
     def set_losses(
         self,
         outputs: dict[str, Tensor],
@@ -97,23 +121,28 @@ class SetCriterion(nn.Module):
         divisor: Tensor,
         suffix: str,
     ) -> dict[str, Tensor]:
-        """The three losses of one set of predictions."""
-        logits = outputs["pred_logits"]
-        labels = torch.cat([t["labels"] for t in targets])[match.target]
-        wanted = torch.cat([t["boxes"] for t in targets])[match.target].float()
-        boxes = outputs["pred_boxes"][match.image, match.query]
-        corners = box_convert(boxes, "cxcywh", "xyxy")
-        wanted_corners = box_convert(wanted, "cxcywh", "xyxy")
-        with torch.no_grad():
-            iou = matched_pairwise_iou(Boxes(corners), Boxes(wanted_corners))
-        losses = {
-            "vfl": self.varifocal(logits, match, labels, iou),
-            "bbox": F.l1_loss(boxes, wanted, reduction="sum"),
-            "giou": generalized_box_iou_loss(corners, wanted_corners, reduction="sum"),
-        }
+        """The losses of one set of predictions."""
+        pairs = pair(outputs, targets, match)
+        losses = self.class_losses(outputs["pred_logits"], pairs) | self.box_losses(pairs)
+        return self.weigh(losses, divisor, suffix)
+
+    def weigh(
+        self, losses: dict[str, Tensor], divisor: Tensor | float, suffix: str
+    ) -> dict[str, Tensor]:
         return {
             f"loss_{name}{suffix}": loss * (self.weights[name] / divisor)
             for name, loss in losses.items()
+        }
+
+    def class_losses(self, logits: Tensor, pairs: Pairs) -> dict[str, Tensor]:
+        return {"vfl": self.varifocal(logits, pairs.match, pairs.labels, pairs.iou)}
+
+    def box_losses(self, pairs: Pairs) -> dict[str, Tensor]:
+        corners = box_convert(pairs.boxes, "cxcywh", "xyxy")
+        wanted = box_convert(pairs.wanted, "cxcywh", "xyxy")
+        return {
+            "bbox": F.l1_loss(pairs.boxes, pairs.wanted, reduction="sum"),
+            "giou": generalized_box_iou_loss(corners, wanted, reduction="sum"),
         }
 
     def varifocal(self, logits: Tensor, match: Matches, labels: Tensor, iou: Tensor) -> Tensor:
@@ -127,8 +156,24 @@ class SetCriterion(nn.Module):
         return F.binary_cross_entropy_with_logits(logits, target, weight, reduction="sum")
 
 
+def pair(
+    outputs: dict[str, Tensor], targets: list[dict[str, Tensor]], match: Matches
+) -> Pairs:
+    """Look up what is matched, and how well the boxes overlap."""
+    match = match.to(outputs["pred_boxes"].device)
+    labels = torch.cat([t["labels"] for t in targets])[match.target]
+    wanted = torch.cat([t["boxes"] for t in targets])[match.target].float()
+    boxes = outputs["pred_boxes"][match.image, match.query]
+    with torch.no_grad():
+        corners = (Boxes(box_convert(x, "cxcywh", "xyxy")) for x in (boxes, wanted))
+        iou = matched_pairwise_iou(*corners)
+    return Pairs(match, labels, boxes, wanted, iou)
+
+
 def in_fp32(outputs: dict) -> dict[str, Tensor]:
-    return {key: outputs[key].float() for key in ("pred_logits", "pred_boxes")}
+    """The predictions of one layer, without what else the decoder returns."""
+    names = ("pred_logits", "pred_boxes", "pred_corners", "ref_points")
+    return {name: outputs[name].float() for name in names if name in outputs}
 
 
 def without_classes(targets: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

@@ -1,3 +1,4 @@
+from .dfine import DFINEDecoder
 from .rtdetr import RTDETRDecoder
 
-__all__ = ["RTDETRDecoder"]
+__all__ = ["DFINEDecoder", "RTDETRDecoder"]

@@ -58,6 +58,7 @@ class MSDeformableAttention(nn.Module):
         method: "default" (bilinear) or "discrete"; the latter freezes the offsets.
         offset_scale: offsets of 1 move a point by this share of the box's size times
             ``1 / num_points``.
+        project: linear layers before and after the sampling; D-FINE does without them.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class MSDeformableAttention(nn.Module):
         num_points: tuple[int, ...],
         method: str = "default",
         offset_scale: float = 0.5,
+        project: bool = True,
     ) -> None:
         super().__init__()
         check_choice("cross_attn_method", method, SAMPLERS)
@@ -81,8 +83,8 @@ class MSDeformableAttention(nn.Module):
         self.register_buffer("num_points_scale", scale, persistent=False)
         self.sampling_offsets = nn.Linear(dim, num_heads * points * 2)
         self.attention_weights = nn.Linear(dim, num_heads * points)
-        self.value_proj = nn.Linear(dim, dim)
-        self.output_proj = nn.Linear(dim, dim)
+        self.value_proj = nn.Linear(dim, dim) if project else nn.Identity()
+        self.output_proj = nn.Linear(dim, dim) if project else nn.Identity()
         self.reset_parameters()
         if method == "discrete":
             self.sampling_offsets.requires_grad_(False)
@@ -100,8 +102,9 @@ class MSDeformableAttention(nn.Module):
         nn.init.zeros_(self.attention_weights.weight)
         nn.init.zeros_(self.attention_weights.bias)
         for layer in (self.value_proj, self.output_proj):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     def forward(
         self,

@@ -1,14 +1,14 @@
 """Hybrid encoder of RT-DETR: attention within the coarsest scale (AIFI), convolutions across
-scales (CCFF). https://arxiv.org/abs/2304.08069, section 4.2."""
+scales (CCFF). https://arxiv.org/abs/2304.08069, section 4.2. D-FINE's has other convolutions."""
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor, nn
 
-from ..layers import ConvNorm, activation, constant, projection, valid_tokens
+from ..layers import ConvNorm, activation, check_choice, constant, projection, valid_tokens
 from .build import ENCODER_REGISTRY
-from .fusion_blocks import CSPRepLayer
+from .fusion_blocks import CSPRepLayer, RepNCSPELAN4, SCDown
 
 
 @constant
@@ -88,6 +88,7 @@ class HybridEncoder(nn.Module):
         hidden_dim: channels of all outputs; divisible by 4 and by ``num_heads``.
         use_encoder_idx: indices of the scales that get a transformer.
         num_encoder_layers: transformer layers on each of them.
+        fusion: "csp_rep" (RT-DETR) or "gelan" (D-FINE), the convolutions across scales.
         expansion, depth_mult: width and depth of the fusion blocks.
     """
 
@@ -105,11 +106,13 @@ class HybridEncoder(nn.Module):
         use_encoder_idx: tuple[int, ...] = (2,),
         num_encoder_layers: int = 1,
         pe_temperature: float = 10000.0,
+        fusion: str = "csp_rep",
         expansion: float = 1.0,
         depth_mult: float = 1.0,
         act: str = "silu",
     ) -> None:
         super().__init__()
+        check_choice("fusion", fusion, ("csp_rep", "gelan"))
         if len(in_features) != len(in_channels):
             raise ValueError(
                 f"in_features={list(in_features)} and in_channels={list(in_channels)} "
@@ -145,10 +148,16 @@ class HybridEncoder(nn.Module):
         self.pan_blocks = nn.ModuleList()
         num_blocks = round(3 * depth_mult)
         for _ in in_channels[1:]:
-            self.lateral_convs.append(ConvNorm(hidden_dim, hidden_dim, 1, act=act))
-            self.downsample_convs.append(ConvNorm(hidden_dim, hidden_dim, 3, 2, act=act))
+            if fusion == "gelan":
+                block = RepNCSPELAN4
+                self.lateral_convs.append(ConvNorm(hidden_dim, hidden_dim, 1))
+                self.downsample_convs.append(nn.Sequential(SCDown(hidden_dim)))
+            else:
+                block = CSPRepLayer
+                self.lateral_convs.append(ConvNorm(hidden_dim, hidden_dim, 1, act=act))
+                self.downsample_convs.append(ConvNorm(hidden_dim, hidden_dim, 3, 2, act=act))
             for blocks in (self.fpn_blocks, self.pan_blocks):
-                blocks.append(CSPRepLayer(hidden_dim * 2, hidden_dim, num_blocks, expansion, act))
+                blocks.append(block(hidden_dim * 2, hidden_dim, num_blocks, expansion, act))
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> dict:
@@ -160,7 +169,9 @@ class HybridEncoder(nn.Module):
             "num_heads": node.NUM_HEADS,
             "dim_feedforward": node.DIM_FEEDFORWARD,
             "dropout": node.DROPOUT,
+            "use_encoder_idx": [len(input_shape) - 1],
             "num_encoder_layers": node.NUM_LAYERS,
+            "fusion": node.FUSION,
             "expansion": node.EXPANSION,
             "depth_mult": node.DEPTH_MULT,
         }
