@@ -41,29 +41,24 @@ shared_step = SharedStep()
 class TrainingClock(nn.Module):
     """Counts training steps in a persistent buffer.
 
-    Checkpoints, averaged weights and foreign training loops therefore agree on it. The host's
-    copy is read from the buffer once after loading, so that no step waits for a GPU.
+    Checkpoints, averaged weights and foreign training loops therefore agree on it. The buffer
+    stays on the CPU wherever the model goes, so that reading it makes no GPU wait.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-        self._host: int | None = None
-        self.register_load_state_dict_post_hook(TrainingClock._forget)
 
-    def _forget(self, incompatible_keys) -> None:
-        self._host = None
+    def _apply(self, fn, recurse: bool = True) -> "TrainingClock":
+        return self
 
     def __int__(self) -> int:
         """Steps that have begun."""
-        if self._host is None:
-            self._host = int(self.steps)
-        return self._host
+        return int(self.steps)
 
     def tick(self) -> int:
         """Begin a training step and return how many were begun before it."""
-        step = int(self)
-        self._host = step + 1
+        step = int(self.steps)
         self.steps += 1
         shared_step.value = step
         return step

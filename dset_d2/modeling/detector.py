@@ -1,5 +1,6 @@
 """The meta-architecture: Detectron2's dicts in, a loss dict or Instances out."""
 
+import logging
 import random
 from collections import defaultdict
 
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils.events import get_event_storage, has_event_storage
+from detectron2.utils.logger import log_every_n_seconds
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
@@ -16,6 +19,9 @@ from .criterion import DFINECriterion, HungarianMatcher, SetCriterion
 from .decoder import DFINEDecoder, RTDETRDecoder
 from .encoder import build_encoder
 from .layers import check_choice
+from .sparse import set_step, sparse_losses, sparse_statistics
+
+LOG_PERIOD = 20  # training steps between two looks at the sparse parts, which a GPU waits for
 
 # Decoders by name, their criteria and the weights of the losses.
 DECODERS = {
@@ -67,6 +73,8 @@ class DETRDetector(nn.Module):
         self.multi_scale = list(multi_scale)
         self.multi_scale_end = multi_scale_end
         self.clock = TrainingClock()
+        # Its buffer stays on the CPU, where DDP's GPU collectives cannot reach it.
+        self._ddp_params_and_buffers_to_ignore = ["clock.steps"]
         for name, value in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(list(value)).view(-1, 1, 1), persistent=False)
 
@@ -122,7 +130,9 @@ class DETRDetector(nn.Module):
             long_side = random.Random(step).choice(self.multi_scale)
             images = resize(images, long_side, self.backbone.size_divisibility)
         targets = [self.target(x) for x in batched_inputs]
-        return self.compute_losses(images, targets, valid_ratio)
+        losses = self.compute_losses(images, targets, valid_ratio)
+        self.log_sparsity(step)
+        return losses
 
     def preprocess(self, batched_inputs: list[dict]) -> tuple[Tensor, Tensor | None]:
         """Normalised images in one padded batch, and the share of it that each image fills.
@@ -158,6 +168,8 @@ class DETRDetector(nn.Module):
         }
 
     def features(self, images: Tensor, valid_ratio: Tensor | None) -> list[Tensor]:
+        # Before the first training step sparse parts behave as at the end of their schedules.
+        set_step(self, int(self.clock) or None)
         features = self.backbone(images)
         return self.encoder([features[name] for name in self.encoder.in_features], valid_ratio)
 
@@ -185,7 +197,24 @@ class DETRDetector(nn.Module):
             targets: per image ``labels`` (n,) and ``boxes`` (n, 4) cx, cy, w, h in [0, 1].
         """
         outputs = self.decoder(self.features(images, valid_ratio), targets, valid_ratio)
-        return self.criterion(outputs, targets)
+        return self.criterion(outputs, targets) | sparse_losses(self, targets)
+
+    def log_sparsity(self, step: int) -> None:
+        """Put the sparse parts' statistics into the event storage now and then."""
+        statistics = sparse_statistics(self)
+        if not statistics or step % LOG_PERIOD or not has_event_storage():
+            return
+        storage = get_event_storage()
+        for name, values in statistics.items():
+            if "keep_ratio" in values:
+                storage.put_scalar(f"{name}/keep_ratio", values["keep_ratio"])
+                continue
+            usage = values["usage"].cpu()
+            storage.put_scalar(f"{name}/max_usage", float(usage.max()))
+            storage.put_scalar(f"{name}/entropy", float(values["entropy"]))
+            if len(usage) > 2 and usage.max() > 0.5:
+                message = f"{name}: expert {int(usage.argmax())} takes {usage.max():.0%} of tokens"
+                log_every_n_seconds(logging.WARNING, message, n=60, name=__name__)
 
     def postprocess(
         self, outputs: dict[str, Tensor], image_sizes: list[tuple[int, int]]

@@ -112,3 +112,8 @@ def valid_tokens(valid_ratio: Tensor, height: int, width: int) -> Tensor:
     x = torch.arange(width, device=device) < valid_ratio[:, :1] * width
     y = torch.arange(height, device=device) < valid_ratio[:, 1:] * height
     return (y[:, :, None] & x[:, None, :]).flatten(1)
+
+
+def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """tokens (B, N, C), index (B, K) -> (B, K, C)."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))

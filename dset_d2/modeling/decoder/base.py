@@ -6,9 +6,10 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from ..layers import MLP, check_choice, projection, valid_tokens
+from ..layers import MLP, check_choice, gather_tokens, projection, valid_tokens
+from ..sparse import MemoryPruner, MemoryPruningConfig
 from .denoising import Denoising, make_denoising
-from .queries import gather_tokens, make_anchors
+from .queries import make_anchors
 
 
 class DETRDecoder(nn.Module):
@@ -24,6 +25,7 @@ class DETRDecoder(nn.Module):
         num_points: sampling points per level.
         query_select_method: "default" (best class score) or "agnostic" (one objectness score).
         num_denoising: positives of the denoising part; 0 turns it off.
+        memory_pruning: lets cross-attention read only the tokens with the best scores.
     """
 
     # Whether features that have the decoder's width already are projected all the same.
@@ -43,6 +45,7 @@ class DETRDecoder(nn.Module):
         num_denoising: int = 100,
         label_noise_ratio: float = 0.5,
         box_noise_scale: float = 1.0,
+        memory_pruning: MemoryPruningConfig | None = None,
     ) -> None:
         super().__init__()
         check_choice("query_select_method", query_select_method, ("default", "agnostic"))
@@ -61,6 +64,7 @@ class DETRDecoder(nn.Module):
         self.num_denoising = num_denoising
         self.label_noise_ratio = label_noise_ratio
         self.box_noise_scale = box_noise_scale
+        self.memory_pruner = None if memory_pruning is None else MemoryPruner(memory_pruning)
 
         self.input_proj = nn.ModuleList()
         for channels in in_channels:
@@ -126,9 +130,12 @@ class DETRDecoder(nn.Module):
         valid = None
         if valid_ratio is not None:
             valid = torch.cat([valid_tokens(valid_ratio, *shape) for shape in shapes], dim=1)
-        content, reference, selected = self.select_queries(
+        content, reference, selected, best = self.select_queries(
             memory, make_anchors(shapes, memory.device, valid_ratio), valid
         )
+        kept = None
+        if self.memory_pruner is not None:
+            kept = self.memory_pruner(best, least=content.shape[1])
 
         denoising = None
         if self.training and self.num_denoising > 0:
@@ -147,8 +154,9 @@ class DETRDecoder(nn.Module):
             content,
             reference.sigmoid(),
             denoising.attn_mask if denoising else None,
-            memory=memory,
+            memory=memory if kept is None else gather_tokens(memory, kept),
             shapes=shapes,
+            kept=kept,
             valid=valid,
             valid_ratio=valid_ratio,
         )
@@ -156,8 +164,9 @@ class DETRDecoder(nn.Module):
 
     def select_queries(
         self, memory: Tensor, anchors: Tensor, valid: Tensor | None
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Content (B, Q, dim) and box logits (B, Q, 4) of the tokens with the best scores.
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
+        """Content (B, Q, dim) and box logits (B, Q, 4) of the tokens with the best scores, their
+        predictions, and the scores (B, N) of all tokens.
 
         Tokens whose anchor is invalid enter as zeros, here only: cross-attention reads them as
         they are. The box head runs on the selected tokens alone. An image with fewer tokens than
@@ -173,7 +182,7 @@ class DETRDecoder(nn.Module):
         anchors = gather_tokens(anchors.expand(len(memory), -1, -1), index)
         reference = self.enc_bbox_head(content).float() + anchors
         selected = {"pred_logits": gather_tokens(scores, index), "pred_boxes": reference.sigmoid()}
-        return content.detach(), reference.detach(), selected
+        return content.detach(), reference.detach(), selected, best.detach()
 
     def refine(
         self, content: Tensor, reference: Tensor, attn_mask: Tensor | None, **memory

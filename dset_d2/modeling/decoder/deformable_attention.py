@@ -112,6 +112,7 @@ class MSDeformableAttention(nn.Module):
         reference: Tensor,
         memory: Tensor,
         shapes: list[tuple[int, int]],
+        kept: Tensor | None = None,
         valid: Tensor | None = None,
         valid_ratio: Tensor | None = None,
     ) -> Tensor:
@@ -120,8 +121,9 @@ class MSDeformableAttention(nn.Module):
         Args:
             query: (B, Q, dim).
             reference: (B, Q, 4) boxes cx, cy, w, h in [0, 1] of the image.
-            memory: (B, sum H_l * W_l, dim).
+            memory: (B, sum H_l * W_l, dim), or (B, K, dim) of the tokens in ``kept``.
             shapes: (H_l, W_l) of every level.
+            kept: (B, K) indices of the tokens that were not pruned; the others' values are 0.
             valid: (B, sum H_l * W_l) bool, False on padding.
             valid_ratio: (B, 2) share of the padded width and height that the image fills.
 
@@ -131,6 +133,9 @@ class MSDeformableAttention(nn.Module):
         batch, queries = query.shape[:2]
         heads = self.num_heads
         value = self.value_proj(memory)
+        if kept is not None:
+            empty = value.new_zeros(batch, sum(h * w for h, w in shapes), value.shape[2])
+            value = empty.scatter(1, kept[..., None].expand_as(value), value)
         if valid is not None:
             value = value * valid[..., None]
         value = value.transpose(1, 2).reshape(batch * heads, -1, value.shape[1])

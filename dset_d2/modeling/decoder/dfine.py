@@ -6,6 +6,7 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 
 from ..layers import MLP, inverse_sigmoid
+from ..sparse import MoEConfig, moe_layers
 from .base import DETRDecoder, box_head, score_head
 from .denoising import Denoising
 from .distribution import EdgeDistribution
@@ -77,6 +78,7 @@ class DFINEDecoder(DETRDecoder):
             to ``hidden_dim``; at least 1.
         reg_max, up, reg_scale: see :class:`EdgeDistribution`.
         cross_attn_method: "default" (bilinear) or "discrete" sampling.
+        moe: replaces the layers' FFNs by mixtures of experts.
         shared: see :class:`DETRDecoder`.
     """
 
@@ -99,6 +101,7 @@ class DFINEDecoder(DETRDecoder):
         reg_max: int = 32,
         up: float = 0.5,
         reg_scale: float = 4.0,
+        moe: MoEConfig | None = None,
         **shared,
     ) -> None:
         super().__init__(
@@ -122,8 +125,9 @@ class DFINEDecoder(DETRDecoder):
                     dropout,
                     num_points,
                     cross_attn_method,
+                    experts,
                 )
-                for width, scale in zip(self.widths, scales)
+                for width, scale, experts in zip(self.widths, scales, moe_layers(moe, num_layers))
             ]
         )
         self.decoder.lqe_layers = nn.ModuleList(LQE() for _ in range(num_layers))

@@ -49,8 +49,3 @@ def make_anchors(
     centres = cell_centres(shapes, device)
     xy = centres[..., :2] / valid_ratio[:, None]
     return anchor_logits(torch.cat([xy, centres[..., 2:].expand_as(xy)], dim=-1))
-
-
-def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
-    """tokens (B, N, C), index (B, K) -> (B, K, C)."""
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))

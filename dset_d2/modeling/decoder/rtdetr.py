@@ -5,6 +5,7 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 
 from ..layers import inverse_sigmoid
+from ..sparse import MoE, MoEConfig, moe_layers
 from .base import DETRDecoder, box_head, score_head
 from .deformable_attention import MSDeformableAttention
 
@@ -20,6 +21,7 @@ class TransformerDecoderLayer(nn.Module):
         dropout: float,
         num_points: tuple[int, ...],
         cross_attn_method: str,
+        moe: MoEConfig | None = None,
         project_values: bool = True,
     ) -> None:
         super().__init__()
@@ -31,15 +33,21 @@ class TransformerDecoderLayer(nn.Module):
         )
         self.dropout2 = nn.Dropout(dropout)
         self.norm2 = nn.LayerNorm(dim)
-        self.linear1 = nn.Linear(dim, dim_feedforward)
-        self.dropout3 = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(dim_feedforward, dim)
+        self.moe = None
+        if moe is not None:
+            self.moe = MoE(moe, dim, dim_feedforward, "relu")
+        else:
+            self.linear1 = nn.Linear(dim, dim_feedforward)
+            self.dropout3 = nn.Dropout(dropout)
+            self.linear2 = nn.Linear(dim_feedforward, dim)
+            nn.init.xavier_uniform_(self.linear1.weight)
+            nn.init.xavier_uniform_(self.linear2.weight)
         self.dropout4 = nn.Dropout(dropout)
         self.norm3 = nn.LayerNorm(dim)
-        nn.init.xavier_uniform_(self.linear1.weight)
-        nn.init.xavier_uniform_(self.linear2.weight)
 
     def ffn(self, x: Tensor) -> Tensor:
+        if self.moe is not None:
+            return self.moe(x)
         return self.linear2(self.dropout3(self.linear1(x).relu()))
 
     def join(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -77,6 +85,7 @@ class RTDETRDecoder(DETRDecoder):
 
     Args:
         cross_attn_method: "default" (bilinear) or "discrete" sampling.
+        moe: replaces the layers' FFNs by mixtures of experts.
         shared: see :class:`DETRDecoder`.
     """
 
@@ -93,6 +102,7 @@ class RTDETRDecoder(DETRDecoder):
         dropout: float = 0.0,
         num_points: tuple[int, ...] = (4, 4, 4),
         cross_attn_method: str = "default",
+        moe: MoEConfig | None = None,
         **shared,
     ) -> None:
         super().__init__(
@@ -106,9 +116,15 @@ class RTDETRDecoder(DETRDecoder):
         self.decoder = TransformerDecoder(
             [
                 TransformerDecoderLayer(
-                    hidden_dim, num_heads, dim_feedforward, dropout, num_points, cross_attn_method
+                    hidden_dim,
+                    num_heads,
+                    dim_feedforward,
+                    dropout,
+                    num_points,
+                    cross_attn_method,
+                    experts,
                 )
-                for _ in range(num_layers)
+                for experts in moe_layers(moe, num_layers)
             ]
         )
         self.dec_score_head = nn.ModuleList(

@@ -6,7 +6,16 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor, nn
 
-from ..layers import ConvNorm, activation, check_choice, constant, projection, valid_tokens
+from ..layers import (
+    ConvNorm,
+    activation,
+    check_choice,
+    constant,
+    gather_tokens,
+    projection,
+    valid_tokens,
+)
+from ..sparse import MoE, MoEConfig, PruningConfig, TokenPruner, moe_layers
 from .build import ENCODER_REGISTRY
 from .fusion_blocks import CSPRepLayer, RepNCSPELAN4, SCDown
 
@@ -35,22 +44,34 @@ class TransformerEncoderLayer(nn.Module):
     """Post-norm self-attention layer; positions are added to queries and keys only."""
 
     def __init__(
-        self, dim: int, num_heads: int, dim_feedforward: int, dropout: float, act: str
+        self,
+        dim: int,
+        num_heads: int,
+        dim_feedforward: int,
+        dropout: float,
+        act: str,
+        moe: MoEConfig | None = None,
     ) -> None:
         super().__init__()
         self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout, batch_first=True)
-        self.linear1 = nn.Linear(dim, dim_feedforward)
-        self.dropout = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(dim_feedforward, dim)
+        self.moe = None
+        if moe is not None:
+            self.moe = MoE(moe, dim, dim_feedforward, act)
+        else:
+            self.linear1 = nn.Linear(dim, dim_feedforward)
+            self.dropout = nn.Dropout(dropout)
+            self.linear2 = nn.Linear(dim_feedforward, dim)
+            self.activation = activation(act)
+            nn.init.xavier_uniform_(self.linear1.weight)
+            nn.init.xavier_uniform_(self.linear2.weight)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.dropout1 = nn.Dropout(dropout)
         self.dropout2 = nn.Dropout(dropout)
-        self.activation = activation(act)
-        nn.init.xavier_uniform_(self.linear1.weight)
-        nn.init.xavier_uniform_(self.linear2.weight)
 
-    def ffn(self, x: Tensor) -> Tensor:
+    def ffn(self, x: Tensor, padding: Tensor | None) -> Tensor:
+        if self.moe is not None:
+            return self.moe(x, None if padding is None else ~padding)
         return self.linear2(self.dropout(self.activation(self.linear1(x))))
 
     def forward(self, x: Tensor, position: Tensor, padding: Tensor | None = None) -> Tensor:
@@ -62,17 +83,53 @@ class TransformerEncoderLayer(nn.Module):
         query = x + position
         attended, _ = self.self_attn(query, query, x, key_padding_mask=padding, need_weights=False)
         x = self.norm1(x + self.dropout1(attended))
-        return self.norm2(x + self.dropout2(self.ffn(x)))
+        return self.norm2(x + self.dropout2(self.ffn(x, padding)))
 
 
 class TransformerEncoder(nn.Module):
-    """A stack of encoder layers over one scale: (B, N, dim) -> (B, N, dim)."""
+    """A stack of encoder layers over one scale, of whose tokens some may be pruned."""
 
-    def __init__(self, layers: list[nn.Module]) -> None:
+    def __init__(self, layers: list[nn.Module], pruner: TokenPruner | None = None) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.pruner = pruner
 
-    def forward(self, x: Tensor, position: Tensor, padding: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        position: Tensor,
+        shape: tuple[int, int],
+        valid_ratio: Tensor | None = None,
+    ) -> Tensor:
+        """(B, H * W, dim) tokens and (1, H * W, dim) positions -> (B, H * W, dim).
+
+        Args:
+            shape: (H, W).
+            valid_ratio: (B, 2) share of W and H that each image fills, None if all of it.
+        """
+        valid = None if valid_ratio is None else valid_tokens(valid_ratio, *shape)
+        if self.pruner is None:
+            return self.run(x, position, valid)
+        after = self.pruner.config.placement == "after"
+        output = self.run(x, position, valid) if after else x
+        index, gate = self.pruner(output, shape, valid, valid_ratio)
+        if index is not None:
+            output = gather_tokens(output, index)
+        if gate is not None:
+            output = output * gate
+        if not after and index is None:
+            output = self.run(output, position, valid)
+        elif not after:
+            position = gather_tokens(position.expand(len(x), -1, -1), index)
+            valid = None if valid is None else valid.gather(1, index)
+            output = self.run(output, position, valid)
+        if index is None:
+            return output
+        pruned = x if self.pruner.config.restore == "bypass" else torch.zeros_like(x)
+        return pruned.scatter(1, index[..., None].expand_as(output), output.to(x.dtype))
+
+    def run(self, x: Tensor, position: Tensor, valid: Tensor | None) -> Tensor:
+        padding = None if valid is None else ~valid
         for layer in self.layers:
             x = layer(x, position, padding)
         return x
@@ -90,6 +147,8 @@ class HybridEncoder(nn.Module):
         num_encoder_layers: transformer layers on each of them.
         fusion: "csp_rep" (RT-DETR) or "gelan" (D-FINE), the convolutions across scales.
         expansion, depth_mult: width and depth of the fusion blocks.
+        moe: replaces the transformer layers' FFNs by mixtures of experts ("patch MoE").
+        pruning: prunes tokens of the scales that get a transformer.
     """
 
     @configurable
@@ -110,6 +169,8 @@ class HybridEncoder(nn.Module):
         expansion: float = 1.0,
         depth_mult: float = 1.0,
         act: str = "silu",
+        moe: MoEConfig | None = None,
+        pruning: PruningConfig | None = None,
     ) -> None:
         super().__init__()
         check_choice("fusion", fusion, ("csp_rep", "gelan"))
@@ -131,17 +192,16 @@ class HybridEncoder(nn.Module):
         self.use_encoder_idx = list(use_encoder_idx)
         self.pe_temperature = pe_temperature
         self.input_proj = nn.ModuleList(projection(c, hidden_dim) for c in in_channels)
-        self.encoder = nn.ModuleList(
-            TransformerEncoder(
-                [
-                    TransformerEncoderLayer(
-                        hidden_dim, num_heads, dim_feedforward, dropout, enc_act
-                    )
-                    for _ in range(num_encoder_layers)
-                ]
-            )
-            for _ in use_encoder_idx
-        )
+        self.encoder = nn.ModuleList()
+        for _ in use_encoder_idx:
+            layers = [
+                TransformerEncoderLayer(
+                    hidden_dim, num_heads, dim_feedforward, dropout, enc_act, experts
+                )
+                for experts in moe_layers(moe, num_encoder_layers)
+            ]
+            pruner = None if pruning is None else TokenPruner(pruning, hidden_dim)
+            self.encoder.append(TransformerEncoder(layers, pruner))
         self.lateral_convs = nn.ModuleList()
         self.fpn_blocks = nn.ModuleList()
         self.downsample_convs = nn.ModuleList()
@@ -196,8 +256,8 @@ class HybridEncoder(nn.Module):
         position = position_embedding(
             height, width, self.hidden_dim, self.pe_temperature, feature.device
         )
-        padding = None if valid_ratio is None else ~valid_tokens(valid_ratio, height, width)
-        tokens = encoder(feature.flatten(2).transpose(1, 2), position, padding)
+        tokens = feature.flatten(2).transpose(1, 2)
+        tokens = encoder(tokens, position, (height, width), valid_ratio)
         return tokens.transpose(1, 2).unflatten(2, (height, width)).contiguous()
 
     def cross_scale(self, features: list[Tensor]) -> list[Tensor]:

@@ -1,0 +1,310 @@
+"""Mixture-of-experts feed-forward networks: a router, grouped experts, and the layer.
+
+Token-choice top-k routing without capacity limits (https://arxiv.org/abs/1701.06538), with the
+Switch Transformer's balance loss (https://arxiv.org/abs/2101.03961) and the router z-loss of
+ST-MoE (https://arxiv.org/abs/2202.08906).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from ..layers import activation, check_choice
+from .schedule import Scheduled, check_ramp
+
+DISPATCHES = ("auto", "sorted", "grouped_mm", "dense")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Settings of a mixture-of-experts FFN.
+
+    Args:
+        num_experts: experts per layer.
+        top_k: experts per token.
+        expert_dim: hidden units of one expert. None takes ``dim_feedforward / num_experts``: all
+            experts together have the parameters of one dense FFN, a token uses ``top_k /
+            num_experts`` of its FLOPs. ``dim_feedforward`` costs ``top_k`` dense FFNs.
+        balance_weight: weight of the balance loss; where ``top_k`` is 1 it is at least 0.1.
+        z_loss_weight: weight of the router z-loss.
+        dispatch: "sorted" (one GEMM per expert), "grouped_mm" (one grouped GEMM), "dense" (all
+            experts in one static GEMM) or "auto".
+        temperature: of the router's softmax, from this value at ``start_step`` to 1 at
+            ``end_step``.
+        layers: indices of the layers that are replaced; None replaces all.
+    """
+
+    num_experts: int
+    top_k: int
+    expert_dim: int | None = None
+    balance_weight: float = 0.03
+    z_loss_weight: float = 1e-3
+    dispatch: str = "auto"
+    temperature: float = 1.0
+    start_step: int = 0
+    end_step: int = 0
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_experts < 1:
+            raise ValueError(f"num_experts={self.num_experts} must be at least 1")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(f"top_k={self.top_k} must lie in 1..num_experts={self.num_experts}")
+        if self.expert_dim is not None and self.expert_dim < 1:
+            raise ValueError(f"expert_dim={self.expert_dim} must be at least 1 or None")
+        for name in ("balance_weight", "z_loss_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature} must be positive")
+        check_choice("dispatch", self.dispatch, DISPATCHES)
+        check_ramp("MoEConfig", self.start_step, self.end_step)
+
+    def width(self, dim_feedforward: int) -> int:
+        """Hidden units of one expert, for the dense FFN that the layer replaces."""
+        if self.expert_dim is not None:
+            return self.expert_dim
+        if dim_feedforward % self.num_experts:
+            raise ValueError(
+                f"num_experts={self.num_experts} does not divide dim_feedforward={dim_feedforward}"
+            )
+        return dim_feedforward // self.num_experts
+
+    def replaces(self, layer: int) -> bool:
+        return self.layers is None or layer in self.layers
+
+
+def moe_layers(config: MoEConfig | None, num_layers: int) -> list[MoEConfig | None]:
+    """The config for each layer that it replaces, None for the dense ones.
+
+    Raises:
+        ValueError: if ``layers`` names a layer that is not there.
+    """
+    if config is None:
+        return [None] * num_layers
+    unknown = [index for index in config.layers or () if not 0 <= index < num_layers]
+    if unknown:
+        raise ValueError(
+            f"layers={list(config.layers)} names none of {num_layers} layers: {unknown}"
+        )
+    return [config if config.replaces(index) else None for index in range(num_layers)]
+
+
+class Routing(NamedTuple):
+    """Where T tokens go. Probabilities are of all experts, gates of the chosen."""
+
+    logits: Tensor  # (T, E) fp32, before the temperature
+    probabilities: Tensor  # (T, E) fp32
+    gates: Tensor  # (T, k) fp32, summing to 1
+    experts: Tensor  # (T, k)
+
+
+class Router(nn.Module):
+    """Linear router in fp32; softmax, top-k, gates renormalised to sum to 1."""
+
+    def __init__(self, dim: int, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor, temperature: float = 1.0) -> Routing:
+        """(T, dim) -> :class:`Routing`."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), self.weight.float())
+            probabilities = (logits / temperature).softmax(-1)
+            gates, experts = probabilities.topk(self.top_k, dim=-1)
+            if self.top_k == 1:
+                gates = gates / gates.detach()  # 1, and still a gradient for the router
+            else:
+                gates = gates / gates.sum(-1, keepdim=True)
+        return Routing(logits, probabilities, gates, experts)
+
+
+class GroupedExperts(nn.Module):
+    """The weights of E two-layer FFNs, and three ways to run tokens through their experts."""
+
+    def __init__(self, dim: int, expert_dim: int, num_experts: int, act: str) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.w1 = nn.Parameter(torch.empty(num_experts, expert_dim, dim))
+        self.b1 = nn.Parameter(torch.zeros(num_experts, expert_dim))
+        self.w2 = nn.Parameter(torch.empty(num_experts, dim, expert_dim))
+        self.b2 = nn.Parameter(torch.zeros(num_experts, dim))
+        self.act = activation(act)
+        for weights in (self.w1, self.w2):
+            for weight in weights:
+                nn.init.xavier_uniform_(weight)
+
+    def forward(self, x: Tensor, routing: Routing, dispatch: str) -> Tensor:
+        """Gate-weighted sum of the chosen experts' outputs: (T, dim) -> (T, dim)."""
+        gates = routing.gates.to(x.dtype)
+        if dispatch == "dense":
+            return self.run_dense(x, gates, routing.experts)
+        # Assignments grouped by expert; within an expert tokens keep their order.
+        order = routing.experts.flatten().argsort(stable=True)
+        rows = x[order // routing.experts.shape[1]]
+        if dispatch == "sorted":
+            outputs = self.run_sorted(rows, routing.experts)
+        else:
+            outputs = self.run_grouped(rows, routing.experts, order)
+        outputs = outputs * gates.flatten()[order, None].to(outputs.dtype)
+        unsorted = torch.empty_like(outputs).index_copy(0, order, outputs)
+        return unsorted.unflatten(0, gates.shape).sum(1)
+
+    def counts(self, experts: Tensor) -> Tensor:
+        """(E,) assignments per expert."""
+        return torch.bincount(experts.flatten(), minlength=self.num_experts)
+
+    def run_sorted(self, rows: Tensor, experts: Tensor) -> Tensor:
+        """One GEMM pair per expert over its segment of rows, whose lengths the host must know."""
+        outputs = []
+        for expert, segment in enumerate(rows.split(self.counts(experts).tolist())):
+            hidden = self.act(F.linear(segment, self.w1[expert], self.b1[expert]))
+            outputs.append(F.linear(hidden, self.w2[expert], self.b2[expert]))
+        return torch.cat(outputs)
+
+    def run_grouped(self, rows: Tensor, experts: Tensor, order: Tensor) -> Tensor:
+        """One grouped GEMM per layer; segment lengths stay on the device."""
+        ends = self.counts(experts).cumsum(0, dtype=torch.int32)
+        owner = experts.flatten()[order]
+        dtype = rows.dtype
+        if torch.is_autocast_enabled(rows.device.type):
+            dtype = torch.get_autocast_dtype(rows.device.type)
+        w1, b1, w2, b2 = (p.to(dtype) for p in (self.w1, self.b1, self.w2, self.b2))
+        hidden = F.grouped_mm(rows.to(dtype), w1.transpose(1, 2), offs=ends) + b1[owner]
+        return F.grouped_mm(self.act(hidden), w2.transpose(1, 2), offs=ends) + b2[owner]
+
+    def run_dense(self, x: Tensor, gates: Tensor, experts: Tensor) -> Tensor:
+        """Every expert on every token in one GEMM, other experts' gates being 0; static."""
+        weight = torch.zeros(len(x), self.num_experts, dtype=gates.dtype, device=x.device)
+        weight = weight.scatter(1, experts, gates)
+        hidden = self.act(F.linear(x, self.w1.flatten(0, 1), self.b1.flatten()))
+        hidden = hidden.unflatten(1, (self.num_experts, -1)) * weight[..., None]
+        w2 = self.w2.permute(1, 0, 2).flatten(1)  # (dim, E * expert_dim)
+        return F.linear(hidden.flatten(1), w2) + weight.to(hidden.dtype) @ self.b2.to(hidden.dtype)
+
+
+def choose_dispatch(x: Tensor) -> str:
+    """The dispatch that "auto" stands for: static in graph captures, grouped where it is fast."""
+    # Not torch.jit.is_tracing(): FLOP counts trace what really runs.
+    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+        return "dense"
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0):
+        low = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        if torch.bfloat16 in (x.dtype, low):
+            return "grouped_mm"
+    return "sorted"
+
+
+class MoERecord(NamedTuple):
+    """What a training forward leaves for the losses and the log."""
+
+    routing: Routing
+    valid: Tensor | None  # (T,) bool, False on padding
+
+
+class MoE(Scheduled):
+    """A mixture-of-experts FFN in place of a dense one.
+
+    Args:
+        dim: channels of the tokens.
+        dim_feedforward: hidden units of the FFN that it replaces.
+        act: activation of the experts: "relu", "gelu" or "silu".
+    """
+
+    def __init__(self, config: MoEConfig, dim: int, dim_feedforward: int, act: str) -> None:
+        super().__init__()
+        self.config = config
+        self.router = Router(dim, config.num_experts, config.top_k)
+        width = config.width(dim_feedforward)
+        self.experts = GroupedExperts(dim, width, config.num_experts, act)
+        self.record: MoERecord | None = None
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """(..., dim) -> (..., dim).
+
+        Args:
+            valid: (...) bool, False on padding, which the balance shall not count.
+        """
+        config = self.config
+        temperature = self.ramped(config.start_step, config.end_step, config.temperature, 1.0)
+        flat = x.reshape(-1, x.shape[-1])
+        routing = self.router(flat, temperature)
+        if self.training:
+            self.record = MoERecord(routing, None if valid is None else valid.flatten())
+        dispatch = choose_dispatch(flat) if config.dispatch == "auto" else config.dispatch
+        return self.experts(flat, routing, dispatch).view_as(x)
+
+    def active_parameters(self) -> int:
+        """Parameters that one token uses: the router and ``top_k`` experts."""
+        experts = sum(p.numel() for p in self.experts.parameters())
+        share = self.config.top_k / self.config.num_experts
+        return self.router.weight.numel() + round(experts * share)
+
+    def losses(self) -> dict[str, Tensor]:
+        """Weighted balance and z-losses of the last training forward."""
+        routing, valid = self.record
+        weight = self.config.balance_weight
+        if self.config.top_k == 1:
+            weight = max(weight, 0.1)
+        return {
+            "balance": weight * balance_loss(routing, valid),
+            "z": self.config.z_loss_weight * z_loss(routing, valid),
+        }
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Usage (E,), mean entropy () in nats and co-activation (E, E) of the last forward."""
+        return routing_statistics(*self.record)
+
+
+def chosen(routing: Routing) -> Tensor:
+    """(T, E): 1 where a token uses an expert."""
+    return torch.zeros_like(routing.probabilities).scatter(1, routing.experts, 1.0)
+
+
+def masked_mean(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean over the tokens (first dimension) that are not padding."""
+    if valid is None:
+        return values.mean(0)
+    weight = valid.to(values.dtype)
+    weight = weight / weight.sum().clamp(min=1)
+    return torch.einsum("t,t...->...", weight, values)
+
+
+def balance_loss(routing: Routing, valid: Tensor | None = None) -> Tensor:
+    """E * sum_i f_i P_i; exactly 1 for a balanced router, larger otherwise.
+
+    f_i is expert i's share of all assignments, over all processes; P_i its mean probability.
+    """
+    share = masked_mean(chosen(routing), valid) / routing.experts.shape[1]
+    if comm.get_world_size() > 1:
+        torch.distributed.all_reduce(share)
+        share = share / comm.get_world_size()
+    probability = masked_mean(routing.probabilities, valid)
+    return len(share) * (share * probability).sum()
+
+
+def z_loss(routing: Routing, valid: Tensor | None = None) -> Tensor:
+    """Mean squared log-partition of the router's logits, which keeps them small."""
+    return masked_mean(routing.logits.logsumexp(-1) ** 2, valid)
+
+
+@torch.no_grad()
+def routing_statistics(routing: Routing, valid: Tensor | None = None) -> dict[str, Tensor]:
+    """Usage (E,) as shares of all assignments, mean entropy (), co-activation (E, E).
+
+    Entry (i, j) of the co-activation is the share of tokens that use both experts i and j.
+    """
+    used = chosen(routing)
+    pairs = masked_mean(used[:, :, None] * used[:, None, :], valid)
+    entropy = torch.special.entr(routing.probabilities).sum(-1)
+    return {
+        "usage": masked_mean(used, valid) / routing.experts.shape[1],
+        "entropy": masked_mean(entropy, valid),
+        "coactivation": pairs,
+    }
