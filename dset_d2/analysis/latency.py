@@ -72,15 +72,16 @@ def measure_modules(
 ) -> dict[str, float]:
     """Median time that modules take within a call, in seconds, over all their calls in it.
 
-    A GPU is waited for at the modules' bounds, so that the parts may exceed the whole. Modules
-    that are not called have no entry.
+    A GPU is waited for at the modules' bounds, so that the parts may exceed the whole. A list of
+    modules takes the time of its members; modules that are not called have no entry.
     """
     times = defaultdict(list)
     handles = []
     for name, module in modules.items():
-        timer = ModuleTimer(times[name])
-        handles.append(module.register_forward_pre_hook(timer.start))
-        handles.append(module.register_forward_hook(timer.stop))
+        for part in called_parts(module):
+            timer = ModuleTimer(times[name])
+            handles.append(part.register_forward_pre_hook(timer.start))
+            handles.append(part.register_forward_hook(timer.stop))
     try:
         for _ in range(rounds):
             for row in times.values():
@@ -90,6 +91,13 @@ def measure_modules(
         for handle in handles:
             handle.remove()
     return {name: float(np.median(row)) for name, row in times.items() if any(row)}
+
+
+def called_parts(module: nn.Module) -> list[nn.Module]:
+    """The module, or what it holds if it is only a container that cannot be called."""
+    if type(module).forward is not nn.Module.forward:
+        return [module]
+    return [part for child in module.children() for part in called_parts(child)]
 
 
 class ModuleTimer:
