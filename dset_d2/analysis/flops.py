@@ -26,19 +26,18 @@ from .witness import observe
 # fvcore's own list of such operators comes on top.
 FREE = """
     abs add add_ all amax amin any argmax argmin argsort atan2 avg_pool2d bincount bitwise_and
-    bitwise_or broadcast_to ceil clamp_max clamp_min clone cos cumsum diff div
-    div_ dropout_ elu embedding empty_like erf exp expand_as expm1 fill_ flip floor_ frac gelu
-    hardsigmoid hardswish hardswish_ hardtanh hardtanh_ index_add index_add_ index_copy
-    index_copy_ index_fill index_select isfinite isinf isnan item le leaky_relu leaky_relu_
-    lift_fresh linspace log log1p log2 log_softmax logical_and logical_not logical_or logit
-    logsumexp lt masked_fill_ masked_scatter masked_select max_pool2d maximum mean meshgrid min
-    minimum mish mish_ movedim mul mul_ ne neg new_ones new_tensor norm one_hot ones_like pad
-    permute_ pixel_shuffle pixel_unshuffle pow prelu prod rand randn reciprocal repeat
-    repeat_interleave reshape_as round rsqrt rsub scalar_tensor scatter scatter_ scatter_add
-    scatter_add_ searchsorted sigmoid sigmoid_ sign silu silu_ sin softmax softplus sort sqrt std
-    sub sub_ sum take_along_dim tanh tensor_split threshold tile topk tril triu unflatten unfold
-    unsafe_chunk var view_as where zero_
-    __or__ __xor__
+    bitwise_or broadcast_to ceil clamp_max clamp_min clone cos cummax cummin cumsum diff div div_
+    dropout_ elu embedding empty_like erf exp expand_as expm1 eye fill_ flip floor_ frac gelu
+    hardsigmoid hardswish hardswish_ hardtanh hardtanh_ index_add index_add_ index_copy index_copy_
+    index_fill index_select isfinite isin isinf isnan item le leaky_relu leaky_relu_ lift_fresh
+    linspace log log1p log2 log_softmax logical_and logical_not logical_or logit logsumexp lt
+    masked_fill_ masked_scatter masked_select max_pool2d maximum mean meshgrid min minimum mish
+    mish_ movedim mul mul_ ne neg new_ones new_tensor norm one_hot ones_like outer pad permute_
+    pixel_shuffle pixel_unshuffle pow prelu prod rand randn reciprocal repeat repeat_interleave
+    reshape_as round rsqrt rsub scalar_tensor scatter scatter_ scatter_add scatter_add_ searchsorted
+    sigmoid sigmoid_ sign silu silu_ sin softmax softplus sort sqrt std sub sub_ sum take_along_dim
+    tanh tensor_split threshold tile topk tril triu unflatten unfold unsafe_chunk var view_as where
+    zero_ __or__ __xor__
 """.split()
 
 
@@ -58,7 +57,10 @@ class FlopReport:
 
 
 def matmul(inputs, outputs) -> int:
-    """Product of matrices or vectors; batches are broadcast."""
+    """Product of matrices or vectors; batches are broadcast.
+
+    Also a linear layer's, whose weight may be a vector: fvcore's handle squares its length.
+    """
     return prod(get_shape(outputs[0])) * get_shape(inputs[0])[-1]
 
 
@@ -120,6 +122,7 @@ HANDLES = {f"aten::{name}": None for name in FREE} | {
     "aten::baddbmm": baddbmm,
     "aten::einsum": einsum,
     "aten::grid_sampler": grid_sampler,
+    "aten::linear": matmul,
     "aten::matmul": matmul,
     "aten::scaled_dot_product_attention": attention,
 }

@@ -39,6 +39,12 @@ def test_linear(shape):
     assert report.by_module == {"": report.total}
 
 
+def test_linear_of_a_vector():
+    """D-FINE's integral over bins, which fvcore's own handle counts 33 times."""
+    args = torch.rand(2, 7, 33), torch.rand(33)
+    assert flops_of(lambda self, x, weight: F.linear(x, weight), *args).total == 2 * 7 * 33
+
+
 @pytest.mark.parametrize("groups, stride", [(1, 1), (2, 2), (4, 1)])
 def test_conv(groups, stride):
     conv = nn.Conv2d(4, 8, 3, stride, padding=1, groups=groups)
