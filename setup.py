@@ -32,6 +32,7 @@ setup(
         "omegaconf>=2.1,<2.4",
         "hydra-core>=1.1",
         "tqdm>=4.60",
+        "tabulate",
     ],
     extras_require={"test": ["pytest>=7", "hypothesis>=6", "transformers>=4.49", "ruff"]},
 )

@@ -1,0 +1,16 @@
+"""What a model costs: multiply-adds, activations, parameters and latency."""
+
+from .flops import FlopReport, count_activations, count_flops
+from .latency import Latency, measure, measure_modules
+from .parameters import ParameterCount, count_parameters
+
+__all__ = [
+    "FlopReport",
+    "Latency",
+    "ParameterCount",
+    "count_activations",
+    "count_flops",
+    "count_parameters",
+    "measure",
+    "measure_modules",
+]

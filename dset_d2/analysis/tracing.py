@@ -1,0 +1,126 @@
+"""Running and tracing a model's inference, which is left as it was."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from fvcore.nn.jit_analysis import JitModelAnalysis
+from fvcore.nn.jit_handles import Handle
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from ..modeling import DETRDetector
+from ..modeling.detector import same_shape
+
+Inputs = Tensor | tuple | list[dict]
+
+
+def bind(model: nn.Module, inputs: Inputs) -> Callable[[], object]:
+    """The call that inference makes.
+
+    Args:
+        inputs: a list of Detectron2's dicts; a (B, 3, H, W) batch for the ``predict`` of a
+            :class:`DETRDetector`; else the argument of any other module, or a tuple of them.
+    """
+    if isinstance(model, DETRDetector):
+        # Batches are made here: ImageList pads in another way while it is traced.
+        batches = [(inputs,)]
+        if isinstance(inputs, list):
+            groups = same_shape(inputs, model.backbone.size_divisibility)
+            batches = [model.preprocess([inputs[i] for i in group]) for group in groups]
+        return lambda: [model.predict(*batch) for batch in batches]
+    args = inputs if isinstance(inputs, tuple) else (inputs,)
+    return lambda: model(*args)
+
+
+def tensors_in(values) -> Iterator[Tensor]:
+    """The tensors among arguments or results, those in lists and tuples included."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in(value)
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; attention from its parts, as fused kernels hide products.
+
+    The model is as before at the end. Its training flags are set one by one, because a module
+    may do more in ``train()`` than set its flag; hooks that a failed trace left are removed.
+    """
+    modules = list(model.modules())
+    training = [module.training for module in modules]
+    tables = [t for m in modules for t in (m._forward_pre_hooks, m._forward_hooks)]
+    hooks = [set(table) for table in tables]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        for module in modules:
+            module.training = False
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for module, flag in zip(modules, training):
+            module.training = flag
+        for table, known in zip(tables, hooks):
+            for key in set(table) - known:
+                del table[key]
+
+
+class KeepAlive(TorchFunctionMode):
+    """Ties every result to the trace's outputs, or the tracer drops work that nobody reads.
+
+    Work whose result is thrown away costs as much as any other. The ties are empty tensors, so
+    that no result outlives its use.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ties: list[Tensor] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.ties += [x.new_empty(0) for x in tensors_in([result]) if x.is_floating_point()]
+        return result
+
+
+class Forward(nn.Module):
+    """A model's call without arguments and with only tensors returned, as tracing needs it."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        super().__init__()
+        self.model = model
+        self.run = bind(model, inputs)
+
+    def forward(self) -> tuple[Tensor, ...]:
+        with KeepAlive() as alive:
+            self.run()
+        return tuple(alive.ties)
+
+
+def analyse(
+    kind: type[JitModelAnalysis],
+    model: nn.Module,
+    inputs: Inputs,
+    handles: Mapping[str, Handle | None],
+) -> tuple[dict[str, Counter], dict[str, Counter]]:
+    """Trace inference and count with one of fvcore's analyses.
+
+    Returns:
+        Per module name ("" is the whole) the counts of each operator, and how often each
+        operator was met that is neither counted nor declared free.
+    """
+    analysis = kind(Forward(model, inputs), ()).set_op_handle(**handles)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    with inference(model):
+        counts = analysis.by_module_and_operator()
+    # The model is a child of Forward, whose own name holds also what ran beside its call.
+    names = {name.removeprefix("model."): name for name in counts if name != "model"}
+    return (
+        {name: counts[full] for name, full in names.items()},
+        {name: analysis.unsupported_ops(full) for name, full in names.items()},
+    )

@@ -1,0 +1,132 @@
+"""Latency and throughput of several configs, timed in turn in one process.
+
+    python -m dset_d2.tools.benchmark \\
+        --config-file configs/rtdetr/rtdetrv2_r18_coco.py configs/rtdetr/rtdetrv2_r34_coco.py \\
+        --batch-size 1 4 --image-size 640 640 480 800 --rounds 50
+
+Every configuration of batch and size times all configs round by round (A B C A B C ...), and sets
+each against the first one of its round. A time spans the model's whole call, from images that lie
+on the device to detections. Weights are random and images noise, which suits dense models; routing
+and pruning may differ on real images (see dset_d2.tools.analyze).
+"""
+
+import argparse
+import itertools
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from torch import nn
+from tqdm import tqdm
+
+from ..analysis import measure
+from .common import (
+    UsageError,
+    build_model,
+    describe_device,
+    load_configs,
+    noise_image,
+    write_json,
+)
+
+WARMUP = 5
+COLUMNS = ("config", "batch", "height x width", "ms", "quartiles", "images/s", "time / first's")
+
+
+def sweep(
+    models: dict[str, nn.Module], batch_sizes: list[int], sizes: list[tuple[int, int]], args
+) -> list[dict]:
+    """One row per configuration and model; times in seconds."""
+    rows = []
+    autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    grid = list(itertools.product(sizes, batch_sizes))
+    for (height, width), batch_size in tqdm(grid, desc="batches and sizes"):
+        images = [noise_image(height, width, seed).to(args.device) for seed in range(batch_size)]
+        inputs = [{"image": image} for image in images]
+        calls = {name: partial(model, inputs) for name, model in models.items()}
+        with torch.no_grad(), autocast:
+            latencies = measure(calls, args.rounds, WARMUP)
+        for name, latency in latencies.items():
+            rows.append(
+                {
+                    "config": name,
+                    "batch_size": batch_size,
+                    "image_size": [height, width],
+                    "images_per_second": batch_size / latency.median,
+                    **asdict(latency),
+                }
+            )
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    lines = []
+    for row in rows:
+        low, high = (1e3 * value for value in row["quartiles"])
+        ratio_low, ratio_high = row["ratio_quartiles"]
+        lines.append(
+            (
+                row["config"],
+                row["batch_size"],
+                "{} x {}".format(*row["image_size"]),
+                f"{1e3 * row['median']:.2f}",
+                f"{low:.2f} - {high:.2f}",
+                f"{row['images_per_second']:.1f}",
+                f"{row['ratio']:.3f} ({ratio_low:.3f} - {ratio_high:.3f})",
+            )
+        )
+    return tabulate(lines, COLUMNS, disable_numparse=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", nargs="+", required=True)
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1])
+    parser.add_argument(
+        "--image-size", type=int, nargs="+", default=[640, 640], metavar="H W", help="pairs"
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 by autocast"
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    parser.add_argument("--opts", nargs="*", default=[], help="overrides of every config")
+    args = parser.parse_args(argv)
+    if len(args.image_size) % 2:
+        parser.error("--image-size takes pairs of height and width")
+    if min(*args.batch_size, *args.image_size, args.rounds) < 1:
+        parser.error("--batch-size, --image-size and --rounds must be positive")
+
+    try:
+        configs = load_configs(args.config_file, args.opts)
+    except UsageError as error:
+        parser.error(str(error))
+    models = {name: build_model(cfg, args.device) for name, cfg in configs.items()}
+    if args.channels_last:
+        models = {name: m.to(memory_format=torch.channels_last) for name, m in models.items()}
+    sizes = list(zip(args.image_size[::2], args.image_size[1::2]))
+    rows = sweep(models, args.batch_size, sizes, args)
+    layout = "channels last" if args.channels_last else "channels first"
+    print(f"{describe_device(args.device)}, {args.dtype}, {layout}, {args.rounds} rounds; ", end="")
+    print("random weights, noise images")
+    print(table(rows))
+    if args.json:
+        settings = {
+            "device": describe_device(args.device),
+            "torch": torch.__version__,
+            "dtype": args.dtype,
+            "channels_last": args.channels_last,
+            "rounds": args.rounds,
+        }
+        write_json(args.json, settings | {"results": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+import json
+
+import pytest
+
+from dset_d2.tools import benchmark
+
+R18 = "configs/rtdetr/rtdetrv2_r18_coco.py"
+TINY = [
+    "model.encoder.hidden_dim=32",
+    "model.encoder.dim_feedforward=64",
+    "model.decoder.hidden_dim=32",
+    "model.decoder.dim_feedforward=64",
+    "model.decoder.num_queries=20",
+]
+
+
+def run(tmp_path, *arguments):
+    output = tmp_path / "benchmark.json"
+    benchmark.main(
+        ["--config-file", *arguments, "--device", "cpu", "--rounds", "3"]
+        + ["--json", str(output), "--opts", *TINY]
+    )
+    return json.loads(output.read_text())
+
+
+def test_sweep_over_batches_and_sizes(tmp_path, capsys):
+    report = run(
+        tmp_path, R18, R18, "--batch-size", "1", "2", "--image-size", *"64 64 64 96".split()
+    )
+    rows = report["results"]
+    assert len(rows) == 2 * 2 * 2
+    grid = [(row["image_size"], row["batch_size"]) for row in rows[::2]]
+    assert grid == [([64, 64], 1), ([64, 64], 2), ([64, 96], 1), ([64, 96], 2)]
+    for first, second in zip(rows[::2], rows[1::2]):
+        assert (first["config"], second["config"]) == ("rtdetrv2_r18_coco", "rtdetrv2_r18_coco (2)")
+        assert first["ratio"] == 1.0 and first["ratio_quartiles"] == [1.0, 1.0]
+        assert second["ratio"] > 0
+        low, high = first["quartiles"]
+        assert low <= first["median"] <= high
+        assert first["images_per_second"] == first["batch_size"] / first["median"]
+    assert "random weights, noise images" in capsys.readouterr().out
+
+
+def test_layout_and_precision(tmp_path):
+    report = run(
+        tmp_path, R18, "--image-size", "64", "64", "--channels-last", "--dtype", "bfloat16"
+    )
+    assert report["channels_last"] and report["dtype"] == "bfloat16"
+    assert len(report["results"]) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["configs/rtdetr/nothing.py"], "rtdetrv2_r18_coco.py"),
+        ([R18, "--opts", "model.decoder.num_querys=20"], "num_queries"),
+        ([R18, "--image-size", "64"], "pairs of height and width"),
+        ([R18, "--rounds", "0"], "positive"),
+    ],
+)
+def test_errors_say_what_is_wrong(arguments, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        benchmark.main(["--config-file", *arguments])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
