@@ -18,12 +18,12 @@ model.decoder.update(
 dataloader.image_size = [192, 320]
 dataloader.strong_augmentation_end = 0
 dataloader.train.dataset.names = "dair_v2x_i_train"
-dataloader.train.update(total_batch_size=4, num_workers=1)
+dataloader.train.update(total_batch_size=8, num_workers=1)
 dataloader.test.dataset.names = "dair_v2x_i_val"
 dataloader.test.num_workers = 1
 
-epoch = 480 // 4  # images / batch
-optimizer.lr = 4e-4
+epoch = 480 // 8  # images / batch
+optimizer.lr = 8e-4
 lr_multiplier = L(WarmupParamScheduler)(
     scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=0.01),
     warmup_factor=0.01,

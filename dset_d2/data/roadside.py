@@ -40,16 +40,17 @@ from .roadside_draw import (
 
 CATEGORIES = tuple(name for name in PARTICIPANTS if not name.endswith("Ignore"))
 SCALE = 2  # scenes are painted larger by this, then averaged
-MIN_HEIGHT = 0.045  # share of the image; lower participants are not placed
+MIN_HEIGHT = 0.05  # share of the image; lower participants are not placed
 MIN_VISIBLE = 0.1  # share of the silhouette; participants hidden further carry no label
 JPEG_QUALITY = 92
 MARKER = "generated.json"
-VERSION = 1  # of the drawing: a change makes written datasets stale
+VERSION = 2  # of the drawing: a change makes written datasets stale
 
 FREQUENCY = {
     "Car": 0.32, "Truck": 0.1, "Van": 0.1, "Bus": 0.08, "Pedestrian": 0.13, "Cyclist": 0.09,
     "Motorcyclist": 0.08, "Trafficcone": 0.1,
 }  # fmt: skip
+CAMERAS = 3  # sites among which the frames of a data set take turns
 EMPTY_SHARE = 0.07
 CROWD_SHARE = 0.08
 GROUND_NEAR = 4.0  # metres; the camera sees no ground nearer than this
@@ -157,8 +158,12 @@ class Thing(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """A scene in the making; ``size`` is the image's (height, width)."""
+    """A scene in the making; ``size`` is the image's (height, width).
 
+    ``site`` draws what a camera sees day after day, ``rng`` what is new in every frame.
+    """
+
+    site: np.random.Generator
     rng: np.random.Generator
     size: tuple[int, int]
     camera: Camera
@@ -167,12 +172,14 @@ class Stage:
     things: list[Thing]
 
 
-def render_scene(seed: int, height: int, width: int) -> Scene:
+def render_scene(seed: int, height: int, width: int, site: int | None = None) -> Scene:
     """Draw one scene.
 
     Args:
-        seed: decides everything about the scene; not negative.
+        seed: decides about traffic and light; not negative.
         height, width: pixels of the image.
+        site: decides about the camera, the roads and what stands beside them; by default every
+            seed has a site of its own.
 
     Raises:
         ValueError: for a negative seed or a size that is not positive.
@@ -180,7 +187,9 @@ def render_scene(seed: int, height: int, width: int) -> Scene:
     _check(1, height=height, width=width)
     _check(0, seed=seed)
     rng = np.random.default_rng(seed)
-    stage = Stage(rng, (height, width), _camera(rng, height, width), _light(rng), _layout(rng), [])
+    place = np.random.default_rng([seed if site is None else site, 1])
+    camera = _camera(place, height, width)
+    stage = Stage(place, rng, (height, width), camera, _light(rng), _layout(place), [])
     _furnish(stage)
     _populate(stage)
 
@@ -246,8 +255,8 @@ def _light(rng: np.random.Generator) -> Light:
 
 def _layout(rng: np.random.Generator) -> Layout:
     main = Road(
-        origin=np.array([rng.uniform(-7, 7), 0.0]),
-        bearing=rng.uniform(-0.35, 0.35),
+        origin=np.array([rng.uniform(-4, 4), 0.0]),
+        bearing=rng.uniform(-0.2, 0.2),
         lanes=int(rng.integers(1, 4)),
         lane_width=rng.uniform(3.2, 3.7),
     )
@@ -294,7 +303,7 @@ def _put(
 
 def _furnish(stage: Stage) -> None:
     """Line the roads with street furniture, nearest to the kerb first."""
-    rng, roads = stage.rng, stage.layout.roads
+    rng, roads = stage.site, stage.layout.roads
     rows = [  # what, how many, metres from the kerb
         (lamp, (1, 5), (0.5, 0.8)), (sign, (1, 6), (0.4, 1.2)), (bollard, (2, 9), (0.4, 3.4)),
         (hedge, (1, 6), (3.6, 5)), (tree, (4, 15), (3.6, 12)), (container, (1, 5), (4, 9)),
@@ -327,7 +336,7 @@ def _populate(stage: Stage) -> None:
         least = MIN_HEIGHT * height
         return share > 0.35 and inside_y >= least and inside_x >= least / 3
 
-    count = 0 if rng.random() < EMPTY_SHARE else int(rng.triangular(2, 8, 19))
+    count = 0 if rng.random() < EMPTY_SHARE else int(rng.triangular(1, 6, 15))
     names = list(rng.choice(list(FREQUENCY), size=count, p=list(FREQUENCY.values())))
     if count and rng.random() < CROWD_SHARE:
         names.append("PedestrianIgnore")
@@ -457,7 +466,7 @@ def _background(stage: Stage, ground: np.ndarray, depth: np.ndarray) -> np.ndarr
     _paint_skyline(stage, image)
     _paint_roads(stage, image)
 
-    gain = _texture(stage.rng, ground, depth) * (1 - _shadows(stage))
+    gain = _texture(stage.site, ground, depth) * (1 - _shadows(stage))
     clear = np.where(on_ground, np.exp(-depth / light.visibility), 1)
     image = image * np.where(on_ground, gain * clear, 1)[..., None]
     image += (1 - clear)[..., None] * horizon
@@ -466,7 +475,7 @@ def _background(stage: Stage, ground: np.ndarray, depth: np.ndarray) -> np.ndarr
 
 def _paint_skyline(stage: Stage, image: np.ndarray) -> None:
     """Far blocks and woods along the horizon."""
-    rng, light = stage.rng, stage.light
+    rng, light = stage.site, stage.light
     haze = 0.25 + 0.75 * (1 - math.exp(-400 / light.visibility))
     for near, tones, width, tall in (
         (500, [(150, 150, 150), (120, 104, 96), (170, 176, 184)], 40, 70),
@@ -486,7 +495,7 @@ def _paint_skyline(stage: Stage, image: np.ndarray) -> None:
 
 
 def _paint_roads(stage: Stage, image: np.ndarray) -> None:
-    rng, layout = stage.rng, stage.layout
+    rng, layout = stage.site, stage.layout
     level = stage.light.ambient + stage.light.diffuse * stage.light.sun[2]
 
     def colour(*rgb: float, spread: float = 6) -> Colour:
@@ -686,7 +695,8 @@ def write_dataset(
 ) -> None:
     """Write ``root/dair-v2x`` in DAIR-V2X's single-infrastructure layout.
 
-    Frame i depends on (``seed``, i) and the size alone; training frames come first. A dataset
+    Frame i depends on (``seed``, i) and the size alone; training frames come first. All frames
+    are of :data:`CAMERAS` fixed cameras. A dataset
     already written with the same arguments is kept, an interrupted one is completed.
 
     Args:
@@ -728,7 +738,7 @@ def write_dataset(
         label = side / "label" / "camera" / f"{name}.json"
         if label.exists():  # written after its image
             continue
-        scene = render_scene(frame_seed(seed, index), height, width)
+        scene = render_scene(frame_seed(seed, index), height, width, camera_seed(seed, index))
         ok, code = cv2.imencode(
             ".jpg", scene.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
         )
@@ -748,6 +758,11 @@ def write_dataset(
 def frame_seed(seed: int, index: int) -> int:
     """Seed of frame ``index`` for :func:`render_scene`, independent of the number of frames."""
     return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
+
+
+def camera_seed(seed: int, index: int) -> int:
+    """Site of frame ``index``: a few fixed cameras take turns, as at a real crossing."""
+    return int(np.random.SeedSequence([seed, index % CAMERAS, 1]).generate_state(1, np.uint64)[0])
 
 
 def to_dair(item: SceneObject) -> dict:

@@ -1,0 +1,301 @@
+import copy
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from detectron2.config import LazyCall as L
+from detectron2.config import LazyConfig, instantiate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import DictConfig
+from torch.nn.parallel import DistributedDataParallel
+
+from dset_d2.analysis import count_flops
+from dset_d2.modeling.sparse.moe import (
+    MoE,
+    MoEConfig,
+    Routing,
+    balance_loss,
+    moe_layers,
+    routing_statistics,
+    z_loss,
+)
+
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+
+
+def make(num_experts=4, top_k=2, act="relu", dim=16, dim_feedforward=32, **settings) -> MoE:
+    torch.manual_seed(0)
+    moe = MoE(MoEConfig(num_experts, top_k, **settings), dim, dim_feedforward, act)
+    with torch.no_grad():  # biases start at 0 and would hide mistakes
+        for parameter in moe.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return moe
+
+
+def by_definition(moe: MoE, x: torch.Tensor) -> torch.Tensor:
+    """Token by token, as the papers write it."""
+    routing = moe.router(x)
+    rows = []
+    for token, gates, experts in zip(x, routing.gates, routing.experts):
+        row = torch.zeros_like(token)
+        for gate, e in zip(gates, experts.tolist()):
+            w = moe.experts
+            hidden = w.act(F.linear(token, w.w1[e], w.b1[e]))
+            row = row + gate * F.linear(hidden, w.w2[e], w.b2[e])
+        rows.append(row)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("dispatch", ["sorted", "grouped_mm", "dense"])
+@pytest.mark.parametrize(("experts", "top_k"), [(4, 2), (6, 3), (5, 1), (3, 3)])
+def test_dispatches_equal_the_definition(dispatch, act, experts, top_k):
+    moe = make(experts, top_k, act, dispatch=dispatch, expert_dim=8)
+    x = torch.randn(23, 16)
+    outputs, gradients = [], []
+    for run in (moe, lambda t: by_definition(moe, t)):
+        moe.zero_grad()
+        inputs = x.clone().requires_grad_()
+        output = run(inputs)
+        (output**2).sum().backward()
+        outputs.append(output.detach())
+        gradients.append([inputs.grad, *(p.grad.clone() for p in moe.parameters())])
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(*gradients):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert all(g.abs().sum() > 0 for g in gradients[0])
+
+
+def test_auto_chooses_by_device_dtype_and_capture():
+    x = torch.randn(9, 16)
+    moe = make()
+    with torch.no_grad():
+        expected = moe(x)
+        exported = torch.export.export(moe.eval(), (x,)).module()
+    torch.testing.assert_close(exported(x), expected)
+    y = torch.randn(9, 16)  # another routing through the same graph
+    torch.testing.assert_close(exported(y), moe(y).detach())
+
+
+def test_one_expert_is_an_ffn():
+    moe = make(1, 1)
+    w = moe.experts
+    x = torch.randn(2, 5, 16)
+    expected = F.linear(F.linear(x, w.w1[0], w.b1[0]).relu(), w.w2[0], w.b2[0])
+    torch.testing.assert_close(moe(x), expected)
+    assert moe.experts.w1.shape == (1, 32, 16)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4), st.integers(0, 1000))
+def test_identical_experts_are_an_ffn_for_any_routing(top_k, seed):
+    moe = make(4, top_k)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in moe.experts.parameters():
+            parameter.copy_(parameter[:1].expand_as(parameter).clone())
+        moe.router.weight.normal_()
+    w = moe.experts
+    x = torch.randn(7, 16)
+    expected = F.linear(F.linear(x, w.w1[0], w.b1[0]).relu(), w.w2[0], w.b2[0])
+    torch.testing.assert_close(moe(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dispatch", ["sorted", "grouped_mm", "dense"])
+def test_tokens_do_not_see_each_other(dispatch):
+    moe = make(dispatch=dispatch)
+    x = torch.randn(3, 11, 16)
+    order, batch = torch.randperm(11), torch.tensor([2, 0, 1])
+    torch.testing.assert_close(moe(x)[:, order], moe(x[:, order]))
+    torch.testing.assert_close(moe(x)[batch], moe(x[batch]))
+    torch.testing.assert_close(moe(x)[1:2, :4], moe(x[1:2, :4]))
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_balanced_routing_gives_exactly_one(top_k):
+    experts, tokens = 6, 12
+    chosen = torch.arange(tokens)[:, None] + torch.arange(top_k)
+    even = torch.full((tokens, experts), 1 / experts)
+    gates = torch.full((tokens, top_k), 1 / top_k)
+    routing = Routing(even.log(), even, gates, chosen % experts)
+    assert float(balance_loss(routing)) == pytest.approx(1.0, abs=1e-6)
+    one = torch.zeros(tokens, experts)
+    one[:, 0] = 1
+    collapsed = Routing(one, one, torch.ones(tokens, 1), torch.zeros(tokens, 1, dtype=torch.long))
+    assert float(balance_loss(collapsed)) == experts
+
+
+def test_balance_loss_balances():
+    """Its gradient alone spreads a collapsed router over the experts."""
+    moe = make(4, 1)
+    with torch.no_grad():
+        moe.router.weight[0] += 0.5
+    x = torch.randn(256, 16) + 0.5
+    optimizer = torch.optim.Adam(moe.router.parameters(), lr=0.05)
+    usage = []
+    for _ in range(100):
+        moe(x)
+        usage.append(moe.statistics()["usage"].max().item())
+        loss = moe.losses()["balance"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert usage[0] > 0.9 and usage[-1] < 0.5
+
+
+def test_task_trains_the_router_also_at_top_1():
+    for top_k in (1, 2):
+        moe = make(4, top_k)
+        moe(torch.randn(9, 16)).square().sum().backward()
+        assert moe.router.weight.grad.abs().sum() > 0
+
+
+def test_losses_and_their_weights():
+    moe = make(4, 2, balance_weight=0.05, z_loss_weight=0.01)
+    moe(torch.randn(30, 16))
+    routing, valid = moe.record
+    losses = moe.losses()
+    torch.testing.assert_close(losses["balance"], 0.05 * balance_loss(routing, valid))
+    expected = 0.01 * (routing.logits.exp().sum(-1).log() ** 2).mean()
+    torch.testing.assert_close(losses["z"], expected)
+    single = make(4, 1, balance_weight=0.05)
+    single(torch.randn(30, 16))
+    torch.testing.assert_close(single.losses()["balance"], 0.1 * balance_loss(*single.record))
+
+
+def test_padding_counts_for_nothing():
+    moe = make()
+    x = torch.randn(2, 6, 16)
+    valid = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
+    moe(x, valid)
+    padded = (balance_loss(*moe.record), z_loss(*moe.record), moe.statistics())
+    moe(torch.cat([x[0], x[1, :2]]))
+    plain = (balance_loss(*moe.record), z_loss(*moe.record), moe.statistics())
+    torch.testing.assert_close(padded, plain)
+
+
+def test_statistics():
+    experts = torch.tensor([[0, 1], [0, 1], [0, 2], [1, 2]])
+    even = torch.full((4, 3), 1 / 3)
+    found = routing_statistics(Routing(even, even, torch.full((4, 2), 0.5), experts))
+    torch.testing.assert_close(found["usage"], torch.tensor([3, 3, 2]) / 8)
+    torch.testing.assert_close(found["entropy"], torch.tensor(3.0).log())
+    expected = torch.tensor([[3, 2, 1], [2, 3, 1], [1, 1, 2]]) / 4
+    torch.testing.assert_close(found["coactivation"], expected)
+
+
+def test_temperature_follows_its_schedule():
+    moe = make(4, 2, temperature=4.0, start_step=10, end_step=20)
+    x = torch.randn(50, 16)
+    entropy = []
+    for step in (0, 15, 20, None):
+        moe.step = step
+        moe(x)
+        entropy.append(float(moe.statistics()["entropy"]))
+    assert entropy[0] > entropy[1] > entropy[2] == entropy[3]
+
+
+def test_inference_leaves_no_record():
+    moe = make().eval()
+    moe(torch.randn(3, 16))
+    assert moe.record is None
+
+
+def test_router_stays_in_fp32_under_autocast():
+    moe = make()
+    x = torch.randn(40, 16)
+    plain = moe.router(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = moe(x)
+        assert torch.equal(moe.router(x).experts, plain.experts)
+    assert moe.record.routing.logits.dtype == torch.float32
+    torch.testing.assert_close(output.float(), moe(x), rtol=0.05, atol=0.05)
+
+
+def hand_count(tokens: int, top_k: int, dim: int, width: int, experts: int) -> int:
+    return tokens * (top_k * 2 * dim * width + experts * dim)
+
+
+def test_flops_of_a_known_routing():
+    """Fine-grained: k / E of the dense FFN; full width: k dense FFNs; plus the router."""
+    x = torch.randn(50, 16)
+    dense = 50 * 2 * 16 * 32
+    for expert_dim, width in ((None, 8), (32, 32)):
+        moe = make(4, 2, expert_dim=expert_dim, dispatch="sorted").eval()
+        total = count_flops(moe, (x,)).total
+        assert total == hand_count(50, 2, 16, width, 4)
+        assert total - 50 * 4 * 16 == dense * 2 * width // 32
+
+
+def test_active_parameters():
+    moe = make(4, 2)
+    expert = sum(p.numel() for p in moe.experts.parameters()) // 4
+    assert moe.active_parameters() == 4 * 16 + 2 * expert
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_experts": 0}, "num_experts=0"),
+        ({"top_k": 5}, r"top_k=5 must lie in 1..num_experts=4"),
+        ({"expert_dim": 0}, "expert_dim=0"),
+        ({"balance_weight": -1}, "balance_weight=-1"),
+        ({"temperature": 0}, "temperature=0"),
+        ({"dispatch": "fast"}, "dispatch='fast' is not one of"),
+        ({"start_step": 9, "end_step": 3}, "start_step=9 and end_step=3"),
+    ],
+)
+def test_wrong_settings(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        MoEConfig(**{"num_experts": 4, "top_k": 2} | wrong)
+
+
+def test_widths_and_layers_that_do_not_fit():
+    with pytest.raises(ValueError, match="num_experts=5 does not divide dim_feedforward=32"):
+        make(5, 2)
+    with pytest.raises(ValueError, match=r"layers=\[0, 7\] names none of 3 layers: \[7\]"):
+        moe_layers(MoEConfig(4, 2, layers=(0, 7)), 3)
+    config = MoEConfig(4, 2, layers=(1,))
+    assert moe_layers(config, 3) == [None, config, None]
+
+
+def test_config_overrides_and_survives_yaml(tmp_path):
+    cfg = DictConfig({"moe": L(MoEConfig)(num_experts=4, top_k=2)}, flags={"allow_objects": True})
+    LazyConfig.apply_overrides(cfg, ["moe.top_k=1", "moe.num_experts=6"])
+    LazyConfig.save(cfg, str(tmp_path / "c.yaml"))
+    moe = instantiate(LazyConfig.load(str(tmp_path / "c.yaml")).moe)
+    assert moe == MoEConfig(num_experts=6, top_k=1)
+
+
+def worker(rank: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    moe = DistributedDataParallel(make())
+    for _ in range(2):
+        # Each process leaves some experts unused; the next step would hang or fail.
+        x = torch.full((6, 16), 1.0 - 2 * rank)
+        moe.zero_grad()
+        loss = moe(x).square().sum() + sum(moe.module.losses().values())
+        loss.backward()
+    value = balance_loss(*moe.module.record).item()
+    torch.save((value, moe.module.router.weight.grad), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_share_the_balance(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, (port, str(tmp_path)), nprocs=2)
+    (first, grad), (second, same) = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
+    assert torch.equal(grad, same)
+    # Mean over the processes of E * sum f P, with f of both, is the joined batch's.
+    moe = copy.deepcopy(make())
+    moe(torch.cat([torch.ones(6, 16), -torch.ones(6, 16)]))
+    joined = balance_loss(*moe.record).item()
+    assert (first + second) / 2 == pytest.approx(joined, rel=1e-5)
