@@ -9,6 +9,6 @@ def train_for(epochs, plain_epochs, train, dataloader, model):
     """Set a run's length; its last epochs see images as they are, at one size."""
     epoch = IMAGES // dataloader.train.total_batch_size
     train.max_iter = epochs * epoch
-    train.eval_period = train.checkpointer.period = epoch
+    train.eval_period = train.checkpointer.period = train.epoch_iters = epoch
     dataloader.strong_augmentation_end = (epochs - plain_epochs) * epoch
     model.multi_scale_end = (epochs - plain_epochs) * epoch

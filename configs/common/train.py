@@ -20,6 +20,7 @@ train = dict(
     log_period=20,
     device="cuda" if torch.cuda.is_available() else "cpu",
     # Read by dset_d2.tools.lazyconfig_train_net only:
+    epoch_iters=0,  # steps of one pass over the training set, to log epochs; 0 logs none
     ema=dict(enabled=True, decay=0.9999, warmup=2000),
     best_metric="bbox/AP",
     early_stopping_patience=0,  # evaluations without a better best_metric; 0 never stops early

@@ -2,8 +2,8 @@
 or on generated scenes in its layout (``make demo``)."""
 
 from detectron2.config import LazyCall as L
-from detectron2.solver import WarmupParamScheduler
-from fvcore.common.param_scheduler import CosineParamScheduler
+
+from dset_d2.engine.optimizer import warmup_cosine
 
 from ..common.data import dataloader
 from ..common.optim import optimizer
@@ -12,29 +12,25 @@ from ..common.train import train
 
 model.encoder.update(hidden_dim=128, dim_feedforward=512)
 model.decoder.update(
-    num_classes=8, hidden_dim=128, dim_feedforward=512, num_queries=100, num_denoising=50
+    num_classes=8, hidden_dim=128, dim_feedforward=512, num_queries=100, num_denoising=100
 )
 
-dataloader.image_size = [192, 320]
+dataloader.image_size = [128, 224]
 dataloader.strong_augmentation_end = 0
 dataloader.train.dataset.names = "dair_v2x_i_train"
-dataloader.train.update(total_batch_size=8, num_workers=1)
+dataloader.train.update(total_batch_size=4, num_workers=1)
 dataloader.test.dataset.names = "dair_v2x_i_val"
 dataloader.test.num_workers = 1
 
-epoch = 480 // 8  # images / batch
-optimizer.lr = 8e-4
-lr_multiplier = L(WarmupParamScheduler)(
-    scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=0.01),
-    warmup_factor=0.01,
-    warmup_length=0.1,
-    warmup_method="linear",
-)
+epoch = 480 // 4  # images / batch
+optimizer.lr = 5e-4
+lr_multiplier = L(warmup_cosine)(max_iter="${train.max_iter}", warmup_iters=50)
 train.update(
     output_dir="./output/rtdetrv2_r18_roadside",
     seed=0,
-    max_iter=5 * epoch,
+    max_iter=7 * epoch,
     eval_period=epoch,
+    epoch_iters=epoch,
     best_metric="bbox/AP50",
     log_period=10,
 )

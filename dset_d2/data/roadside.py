@@ -40,11 +40,11 @@ from .roadside_draw import (
 
 CATEGORIES = tuple(name for name in PARTICIPANTS if not name.endswith("Ignore"))
 SCALE = 2  # scenes are painted larger by this, then averaged
-MIN_HEIGHT = 0.05  # share of the image; lower participants are not placed
+MIN_HEIGHT = 0.08  # share of the image; lower participants are not placed
 MIN_VISIBLE = 0.1  # share of the silhouette; participants hidden further carry no label
 JPEG_QUALITY = 92
 MARKER = "generated.json"
-VERSION = 2  # of the drawing: a change makes written datasets stale
+VERSION = 3  # of the drawing: a change makes written datasets stale
 
 FREQUENCY = {
     "Car": 0.32, "Truck": 0.1, "Van": 0.1, "Bus": 0.08, "Pedestrian": 0.13, "Cyclist": 0.09,
@@ -361,7 +361,7 @@ def _pose(rng: np.random.Generator, name: str, layout: Layout) -> tuple[Road, fl
     """Where a participant of a kind would be: its road, s and t there, and its heading."""
     roads = layout.roads
     road = roads[0] if len(roads) == 1 or rng.random() < 0.65 else roads[1]
-    farthest = {"Trafficcone": 26, "Pedestrian": 40, "PedestrianIgnore": 60}.get(name, 60)
+    farthest = {"Trafficcone": 20, "Pedestrian": 28, "PedestrianIgnore": 50}.get(name, 45)
     s = 9 * (farthest / 9) ** rng.random() if road is layout.main else rng.uniform(-28, 28)
     side = rng.choice([-1, 1])
     heading = road.heading + (0 if side > 0 else math.pi)

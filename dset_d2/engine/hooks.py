@@ -1,12 +1,16 @@
-"""Hooks of our launcher: averaged weights, the best checkpoint, early stopping."""
+"""Hooks of our launcher: averaged weights, epochs, the best checkpoint, early stopping."""
 
 import logging
 import math
+from collections.abc import Callable
 
+import torch
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from torch import nn
 
+from ..data.mapper import read_image
+from ..visualization import SparsityProbe, sparsity_pictures
 from .ema import ModelEMA
 
 logger = logging.getLogger(__name__)
@@ -21,6 +25,47 @@ class EMAHook(HookBase):
 
     def after_step(self) -> None:
         self.ema.update(self.model)
+
+
+class EpochReporter(HookBase):
+    """Logs the passes over the training set, for people who think in epochs."""
+
+    def __init__(self, epoch_iters: int) -> None:
+        self.epoch_iters = epoch_iters
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        self.trainer.storage.put_scalar("epoch", done / self.epoch_iters, smoothing_hint=False)
+        if done % self.epoch_iters == 0:
+            total = self.trainer.max_iter / self.epoch_iters
+            logger.info("Epoch %d of %g is done", done // self.epoch_iters, round(total, 2))
+
+
+class SparsityPictures(HookBase):
+    """Shows in TensorBoard, every ``period`` steps, what a sparse model does with one image.
+
+    Args:
+        record: dataset dict of the image.
+        mapper: makes it the model's input.
+    """
+
+    def __init__(self, period: int, model: nn.Module, record: dict, mapper: Callable) -> None:
+        self.period = period
+        self.model = model
+        self.record = record
+        self.mapper = mapper
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        if self.period <= 0 or (self.trainer.iter + 1) % self.period:
+            return
+        self.model.eval()
+        with SparsityProbe(self.model) as probe:
+            self.model([self.mapper(self.record)])
+        self.model.train()
+        image = read_image(self.record["file_name"])
+        for name, picture in sparsity_pictures(image, probe).items():
+            self.trainer.storage.put_image(name, picture.transpose(2, 0, 1))
 
 
 class BestCheckpointer(hooks.BestCheckpointer):

@@ -3,25 +3,41 @@
 import torch
 from detectron2.solver import WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params
-from fvcore.common.param_scheduler import LinearParamScheduler, ParamScheduler
+from fvcore.common.param_scheduler import (
+    CosineParamScheduler,
+    LinearParamScheduler,
+    ParamScheduler,
+)
 from torch import nn
 
 
 def parameter_groups(
-    model: nn.Module, base_lr: float, weight_decay: float, backbone_factor: float = 1.0
+    model: nn.Module,
+    base_lr: float,
+    weight_decay: float,
+    backbone_factor: float = 1.0,
+    encoder_factor: float = 1.0,
 ) -> list[dict]:
-    """Parameter groups: norms (by module type) and biases without decay, the backbone slower.
+    """Parameter groups: norms (by module type) and biases without decay, some parts slower.
 
     Args:
         backbone_factor: learning rate of ``model.backbone`` relative to ``base_lr``.
+        encoder_factor: that of ``model.encoder``, but for its sparse parts.
     """
+
+    def factor(name: str) -> float:
+        if name.startswith("backbone."):
+            return backbone_factor
+        sparse = {"moe", "pruner"} & set(name.split("."))
+        return encoder_factor if name.startswith("encoder.") and not sparse else 1.0
+
     return get_default_optimizer_params(
         model,
         base_lr=base_lr,
         weight_decay=weight_decay,
         weight_decay_norm=0.0,
         weight_decay_bias=0.0,
-        lr_factor_func=lambda name: backbone_factor if name.startswith("backbone.") else 1.0,
+        lr_factor_func=factor,
         overrides={"in_proj_bias": {"weight_decay": 0.0}},
     )
 
@@ -59,3 +75,11 @@ def warmup_constant(max_iter: int, warmup_iters: int) -> ParamScheduler:
     # fvcore's constant schedule refuses the very end, where Detectron2 asks after the last step.
     constant = LinearParamScheduler(1.0, 1.0)
     return WarmupParamScheduler(constant, start, warmup_iters / max_iter, "linear")
+
+
+def warmup_cosine(max_iter: int, warmup_iters: int, end: float = 0.01) -> ParamScheduler:
+    """Linear warm-up over ``warmup_iters`` of ``max_iter`` steps, then a cosine down to ``end``."""
+    if not 1 <= warmup_iters < max_iter:
+        raise ValueError(f"warmup_iters={warmup_iters} must lie in 1..max_iter={max_iter}")
+    cosine = CosineParamScheduler(1.0, end)
+    return WarmupParamScheduler(cosine, 1 / warmup_iters, warmup_iters / max_iter, "linear")

@@ -56,7 +56,23 @@ class Trainer(_EarlyEnd, SimpleTrainer):
 
 
 class MixedPrecisionTrainer(_EarlyEnd, AMPTrainer):
-    pass
+    """Half precision with scaled gradients; needs a GPU."""
+
+
+class BFloat16Trainer(_EarlyEnd, SimpleTrainer):
+    """bfloat16 autocast, which needs no scaling; runs on CPUs, too."""
+
+    def run_step(self) -> None:
+        device = next(self.model.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16):
+            super().run_step()
+
+
+def trainer_class(amp: bool, device: str) -> type[SimpleTrainer]:
+    """The trainer for a precision and a device."""
+    if not amp:
+        return Trainer
+    return MixedPrecisionTrainer if torch.device(device).type == "cuda" else BFloat16Trainer
 
 
 class AtomicCheckpointer(DetectionCheckpointer):

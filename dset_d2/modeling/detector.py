@@ -19,7 +19,7 @@ from .criterion import DFINECriterion, HungarianMatcher, SetCriterion
 from .decoder import DFINEDecoder, RTDETRDecoder
 from .encoder import build_encoder
 from .layers import check_choice
-from .sparse import set_step, sparse_losses, sparse_statistics
+from .sparse import clear_records, set_step, sparse_losses, sparse_statistics
 
 LOG_PERIOD = 20  # training steps between two looks at the sparse parts, which a GPU waits for
 
@@ -131,7 +131,9 @@ class DETRDetector(nn.Module):
             images = resize(images, long_side, self.backbone.size_divisibility)
         targets = [self.target(x) for x in batched_inputs]
         losses = self.compute_losses(images, targets, valid_ratio)
-        self.log_sparsity(step)
+        if step % LOG_PERIOD == 0 and has_event_storage():
+            self.log_sparsity()
+        clear_records(self)
         return losses
 
     def preprocess(self, batched_inputs: list[dict]) -> tuple[Tensor, Tensor | None]:
@@ -199,13 +201,10 @@ class DETRDetector(nn.Module):
         outputs = self.decoder(self.features(images, valid_ratio), targets, valid_ratio)
         return self.criterion(outputs, targets) | sparse_losses(self, targets)
 
-    def log_sparsity(self, step: int) -> None:
-        """Put the sparse parts' statistics into the event storage now and then."""
-        statistics = sparse_statistics(self)
-        if not statistics or step % LOG_PERIOD or not has_event_storage():
-            return
+    def log_sparsity(self) -> None:
+        """Put the sparse parts' statistics into the event storage."""
         storage = get_event_storage()
-        for name, values in statistics.items():
+        for name, values in sparse_statistics(self).items():
             if "keep_ratio" in values:
                 storage.put_scalar(f"{name}/keep_ratio", values["keep_ratio"])
                 continue

@@ -30,8 +30,15 @@ from omegaconf import DictConfig
 
 from ..config import apply_overrides, load_config
 from ..engine.ema import ModelEMA
-from ..engine.hooks import BestCheckpointer, EarlyStopping, EMAHook
-from ..engine.trainer import AtomicCheckpointer, MixedPrecisionTrainer, Trainer
+from ..engine.hooks import (
+    BestCheckpointer,
+    EarlyStopping,
+    EMAHook,
+    EpochReporter,
+    SparsityPictures,
+)
+from ..engine.trainer import AtomicCheckpointer, trainer_class
+from ..modeling.sparse import MoE, TokenPruner
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +59,15 @@ def build_ema(cfg: DictConfig, model: torch.nn.Module) -> ModelEMA | None:
     return ModelEMA(model, settings.decay, settings.warmup) if settings.enabled else None
 
 
+def sparsity_pictures(cfg: DictConfig, model: torch.nn.Module) -> SparsityPictures | None:
+    """Pictures of the first test image for TensorBoard, if the model has anything sparse."""
+    if not any(isinstance(module, MoE | TokenPruner) for module in model.modules()):
+        return None
+    record = instantiate(cfg.dataloader.test.dataset)[0]
+    mapper = instantiate(cfg.dataloader.test.mapper)
+    return SparsityPictures(cfg.train.eval_period, model, record, mapper)
+
+
 def train(cfg: DictConfig, resume: bool) -> None:
     model = instantiate(cfg.model).to(cfg.train.device)
     logger.info("Model:\n%s", model)
@@ -59,8 +75,8 @@ def train(cfg: DictConfig, resume: bool) -> None:
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     parallel = create_ddp_model(model, **cfg.train.ddp)
-    trainer_class = MixedPrecisionTrainer if cfg.train.amp.enabled else Trainer
-    trainer = trainer_class(parallel, instantiate(cfg.dataloader.train), optimizer)
+    make_trainer = trainer_class(cfg.train.amp.enabled, cfg.train.device)
+    trainer = make_trainer(parallel, instantiate(cfg.dataloader.train), optimizer)
     averaged = {"ema": ema} if ema else {}
     output_dir = cfg.train.output_dir
     checkpointer = AtomicCheckpointer(parallel, output_dir, trainer=trainer, **averaged)
@@ -76,6 +92,8 @@ def train(cfg: DictConfig, resume: bool) -> None:
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             EMAHook(ema, model) if ema else None,
+            EpochReporter(cfg.train.epoch_iters) if cfg.train.epoch_iters else None,
+            sparsity_pictures(cfg, model) if main else None,
             hooks.EvalHook(period, lambda: evaluate(cfg, parallel, ema)),
             # These follow the evaluation, so that a checkpoint knows of its results.
             BestCheckpointer(period, best, metric) if main else None,

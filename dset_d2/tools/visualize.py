@@ -1,13 +1,16 @@
-"""Draw detections on images.
+"""Draw detections on images and, for sparse models, what was kept and which experts were used.
 
     python -m dset_d2.tools.visualize --config-file CONFIG --checkpoint model_best.pth \\
         --output output/pictures --num-images 12
 
 draws the first images of the config's test set, ground truth on the left; name image files at
-the end of the command to draw these instead.
+the end of the command to draw these instead. Beside NAME.png (detections) a sparse model gives
+NAME_kept_*.png (pruned tokens are dark), NAME_expert_*.png (a colour per expert) and
+experts.png (load and co-activation over all images).
 """
 
 import argparse
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,7 @@ from tqdm import tqdm
 from ..checkpoint import load_upstream
 from ..config import apply_overrides, load_config
 from ..data.mapper import read_image
+from ..visualization import SparsityProbe, mean_statistics, plot_routing, sparsity_pictures
 
 
 def draw_detections(image: np.ndarray, instances, metadata, threshold: float) -> np.ndarray:
@@ -67,16 +71,25 @@ def main(argv: list[str] | None = None) -> None:
     mapper = instantiate(cfg.dataloader.test.mapper)
     metadata = MetadataCatalog.get(cfg.dataloader.test.dataset.names)
     args.output.mkdir(parents=True, exist_ok=True)
+    routings = defaultdict(list)
     for record in tqdm(pictures_of(cfg, args.files, args.num_images), desc="drawing"):
         image = read_image(record["file_name"])
         height, width = image.shape[:2]
         inputs = mapper(record) | {"height": height, "width": width}
-        instances = model([inputs])[0]["instances"]
+        with SparsityProbe(model) as probe:
+            instances = model([inputs])[0]["instances"]
         drawn = draw_detections(image, instances, metadata, args.threshold)
         if "annotations" in record:
             truth = draw_ground_truth(image, record["annotations"], metadata)
             drawn = np.concatenate([truth, drawn], axis=1)
-        Image.fromarray(drawn).save(args.output / f"{Path(record['file_name']).stem}.png")
+        stem = Path(record["file_name"]).stem
+        Image.fromarray(drawn).save(args.output / f"{stem}.png")
+        for name, picture in sparsity_pictures(image, probe).items():
+            Image.fromarray(picture).save(args.output / f"{stem}_{name}.png")
+        for name, routing in probe.routings.items():
+            routings[name].append(routing)
+    if routings:
+        plot_routing(mean_statistics(routings)).savefig(args.output / "experts.png", dpi=120)
     print(f"drawn to {args.output}")
 
 

@@ -3,7 +3,12 @@ import torch
 from detectron2.config import instantiate
 from torch import nn
 
-from dset_d2.engine.optimizer import build_adamw, parameter_groups, warmup_constant
+from dset_d2.engine.optimizer import (
+    build_adamw,
+    parameter_groups,
+    warmup_constant,
+    warmup_cosine,
+)
 
 from ..conftest import tiny_config
 
@@ -56,3 +61,23 @@ def test_groups_skip_frozen_parameters():
     model[0].requires_grad_(False)
     groups = parameter_groups(model, base_lr=1.0, weight_decay=0.1)
     assert sum(len(g["params"]) for g in groups) == 2
+
+
+def test_sparse_parts_of_the_encoder_learn_at_full_rate():
+    model = nn.ModuleDict({"backbone": nn.Linear(2, 2), "encoder": nn.Module()})
+    model["encoder"].pruner = nn.Linear(2, 2)
+    model["encoder"].norm = nn.LayerNorm(2)
+    groups = parameter_groups(model, 1.0, 0.1, backbone_factor=0.1, encoder_factor=0.2)
+    rates = {id(p): g["lr"] for g in groups for p in g["params"]}
+    found = {name: rates[id(p)] for name, p in model.named_parameters()}
+    assert found["backbone.weight"] == pytest.approx(0.1)
+    assert found["encoder.norm.weight"] == pytest.approx(0.2)
+    assert found["encoder.pruner.weight"] == 1.0
+
+
+def test_warmup_then_cosine():
+    schedule = warmup_cosine(max_iter=1000, warmup_iters=100, end=0.1)
+    rates = [schedule(step / 1000) for step in (0, 49, 100, 550, 1000)]
+    assert rates == pytest.approx([0.01, 0.495, 0.98, 0.5, 0.1], abs=0.07)
+    with pytest.raises(ValueError, match="warmup_iters=10 must lie in 1..max_iter=10"):
+        warmup_cosine(10, 10)

@@ -1,6 +1,6 @@
 """Sparse mechanisms, each written once and used by every part that can be sparse."""
 
-from .collect import sparse_losses, sparse_statistics
+from .collect import clear_records, sparse_losses, sparse_statistics
 from .moe import MoE, MoEConfig, moe_layers
 from .pruning import MemoryPruner, MemoryPruningConfig, PruningConfig, TokenPruner
 from .schedule import set_step
@@ -12,6 +12,7 @@ __all__ = [
     "MoEConfig",
     "PruningConfig",
     "TokenPruner",
+    "clear_records",
     "moe_layers",
     "set_step",
     "sparse_losses",

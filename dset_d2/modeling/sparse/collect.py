@@ -24,7 +24,7 @@ def short_name(name: str) -> str:
 def sparse_losses(model: nn.Module, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Weighted losses of all sparse modules, e.g. ``loss_balance_decoder_1``.
 
-    Empty for a dense model. The modules' records stay for :func:`sparse_statistics`.
+    Empty for a dense model.
     """
     losses = {}
     for name, module in recorded(model):
@@ -34,10 +34,14 @@ def sparse_losses(model: nn.Module, targets: list[dict[str, Tensor]]) -> dict[st
 
 
 def sparse_statistics(model: nn.Module) -> dict[str, dict]:
-    """Statistics per sparse module, by short name; forgets the records."""
-    statistics = {}
-    for name, module in recorded(model):
-        kind = "moe" if isinstance(module, MoE) else "pruning"
-        statistics[f"{kind}/{name}"] = module.statistics()
+    """Statistics per sparse module, by kind and short name, e.g. ``moe/decoder_1``."""
+    return {
+        f"{'moe' if isinstance(module, MoE) else 'pruning'}/{name}": module.statistics()
+        for name, module in recorded(model)
+    }
+
+
+def clear_records(model: nn.Module) -> None:
+    """Let go of what the last training forward left, and of the graph behind it."""
+    for _, module in recorded(model):
         module.record = None
-    return statistics

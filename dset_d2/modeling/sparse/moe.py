@@ -26,9 +26,10 @@ class MoEConfig:
     Args:
         num_experts: experts per layer.
         top_k: experts per token.
-        expert_dim: hidden units of one expert. None takes ``dim_feedforward / num_experts``: all
-            experts together have the parameters of one dense FFN, a token uses ``top_k /
-            num_experts`` of its FLOPs. ``dim_feedforward`` costs ``top_k`` dense FFNs.
+        expert_dim: hidden units of one expert. None takes ``dim_feedforward / num_experts`` (to
+            the nearest multiple of 8 if that is no integer): all experts together have the
+            parameters of one dense FFN, a token uses ``top_k / num_experts`` of its FLOPs.
+            ``dim_feedforward`` costs ``top_k`` dense FFNs.
         balance_weight: weight of the balance loss; where ``top_k`` is 1 it is at least 0.1.
         z_loss_weight: weight of the router z-loss.
         dispatch: "sorted" (one GEMM per expert), "grouped_mm" (one grouped GEMM), "dense" (all
@@ -68,11 +69,10 @@ class MoEConfig:
         """Hidden units of one expert, for the dense FFN that the layer replaces."""
         if self.expert_dim is not None:
             return self.expert_dim
-        if dim_feedforward % self.num_experts:
-            raise ValueError(
-                f"num_experts={self.num_experts} does not divide dim_feedforward={dim_feedforward}"
-            )
-        return dim_feedforward // self.num_experts
+        if dim_feedforward % self.num_experts == 0:
+            return dim_feedforward // self.num_experts
+        # Grouped GEMMs want rows of 16 bytes.
+        return max(8, 8 * round(dim_feedforward / self.num_experts / 8))
 
     def replaces(self, layer: int) -> bool:
         return self.layers is None or layer in self.layers

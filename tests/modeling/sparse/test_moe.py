@@ -256,8 +256,8 @@ def test_wrong_settings(wrong, message):
 
 
 def test_widths_and_layers_that_do_not_fit():
-    with pytest.raises(ValueError, match="num_experts=5 does not divide dim_feedforward=32"):
-        make(5, 2)
+    assert MoEConfig(6, 3).width(1024) == 168  # 170.7, in rows of 16 bytes
+    assert MoEConfig(4, 2).width(1024) == 256 and MoEConfig(4, 2, expert_dim=7).width(32) == 7
     with pytest.raises(ValueError, match=r"layers=\[0, 7\] names none of 3 layers: \[7\]"):
         moe_layers(MoEConfig(4, 2, layers=(0, 7)), 3)
     config = MoEConfig(4, 2, layers=(1,))

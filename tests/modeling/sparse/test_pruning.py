@@ -4,6 +4,7 @@ import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
+from detectron2.utils.events import EventStorage
 
 from dset_d2.analysis import count_flops
 from dset_d2.modeling.encoder.hybrid_encoder import (
@@ -16,6 +17,7 @@ from dset_d2.modeling.sparse import (
     MoEConfig,
     PruningConfig,
     TokenPruner,
+    clear_records,
     sparse_losses,
     sparse_statistics,
 )
@@ -274,9 +276,26 @@ def test_losses_and_statistics_are_collected_by_place():
     statistics = sparse_statistics(model)
     assert statistics["pruning/encoder_0"] == {"keep_ratio": 0.5}
     assert statistics["moe/decoder_1"]["usage"].shape == (4,)
+    clear_records(model)
     assert sparse_statistics(model) == {} == sparse_losses(model, targets)
     model.eval().predict(images)
     assert sparse_statistics(model) == {}
+
+
+def test_the_log_gets_statistics_and_a_warning_of_a_greedy_expert(caplog):
+    model = sparse_model().train()
+    router = model.decoder.decoder.layers[0].moe.router
+    with torch.no_grad():
+        model.decoder.decoder.layers[0].moe.config.__dict__["top_k"] = 1
+        router.top_k = 1
+        router.weight.zero_()  # ties go to one expert
+    with EventStorage() as storage:
+        model(make_inputs([(96, 128)]))
+        latest = storage.latest()
+    assert latest["pruning/encoder_0/keep_ratio"][0] == 0.5
+    assert latest["moe/decoder_0/max_usage"][0] == 1.0
+    assert latest["moe/decoder_1/entropy"][0] > 0
+    assert "moe/decoder_0: expert" in caplog.text and "takes 100% of tokens" in caplog.text
 
 
 def test_flops_of_a_pruned_layer():

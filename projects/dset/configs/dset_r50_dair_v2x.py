@@ -1,0 +1,9 @@
+"""DSET-R50: token pruning and experts in the encoder, experts in the decoder."""
+
+from .common.sparse import decoder_moe, patch_moe, pruning
+from .rtdetr_r50_dair_v2x import dataloader, lr_multiplier, model, optimizer, train
+
+model.encoder.update(pruning=pruning, moe=patch_moe)
+model.decoder.moe = decoder_moe
+train.output_dir = "./output/dset_r50_dair_v2x"
+model.encoder.moe.update(num_experts=6, top_k=3)
