@@ -156,9 +156,7 @@ class SetCriterion(nn.Module):
         return F.binary_cross_entropy_with_logits(logits, target, weight, reduction="sum")
 
 
-def pair(
-    outputs: dict[str, Tensor], targets: list[dict[str, Tensor]], match: Matches
-) -> Pairs:
+def pair(outputs: dict[str, Tensor], targets: list[dict[str, Tensor]], match: Matches) -> Pairs:
     """Look up what is matched, and how well the boxes overlap."""
     match = match.to(outputs["pred_boxes"].device)
     labels = torch.cat([t["labels"] for t in targets])[match.target]
