@@ -30,6 +30,13 @@ RENAMES = (
 # What depends on the number of classes and may start anew for another data set.
 CLASS_HEADS = re.compile(r"^decoder\.(enc_score_head|dec_score_head\.\d+|denoising_class_embed)\.")
 
+# Shapes of a dense FFN's parameters by its width and the channels around it.
+FFN_SHAPES = {
+    "linear1.weight": lambda width, dim: (width, dim),
+    "linear1.bias": lambda width, dim: (width,),
+    "linear2.weight": lambda width, dim: (dim, width),
+}
+
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read the weights of an upstream or Detectron2 checkpoint, the averaged ones if it has any.
@@ -74,7 +81,8 @@ def load_upstream(model: nn.Module, source: str | Path | dict) -> None:
     """Load released RT-DETR, RT-DETRv2 or D-FINE weights, or those of a run of ours, in place.
 
     A state dict whose keys all belong to the backbone (an ImageNet model) goes there alone.
-    Class heads of another number of classes keep their fresh initialisation, with a warning.
+    Class heads of another number of classes keep their fresh initialisation, and FFNs of another
+    width take the checkpoint's, both with a warning.
 
     Args:
         model: a :class:`DETRDetector`.
@@ -120,14 +128,6 @@ def load_upstream(model: nn.Module, source: str | Path | dict) -> None:
         resize_ffn(module.get_submodule(ffn), width)
         logger.warning("%s: %s has %d hidden units; the model's follows", name, ffn, width)
     module.load_state_dict({k: state[k] for k in wanted if k not in resized}, strict=False)
-
-
-# Shapes of a dense FFN's parameters by its width and the channels around it.
-FFN_SHAPES = {
-    "linear1.weight": lambda width, dim: (width, dim),
-    "linear1.bias": lambda width, dim: (width,),
-    "linear2.weight": lambda width, dim: (dim, width),
-}
 
 
 def ffn_widths(wanted: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, int]:

@@ -18,10 +18,10 @@ def tiny_config(path: str = "configs/rtdetr/rtdetrv2_r18_coco.py"):
     return cfg
 
 
-def tiny_model(**decoder) -> torch.nn.Module:
-    """A narrow RT-DETRv2-R18 with random box heads and BatchNorm statistics, in eval mode."""
+def tiny_model(path: str = "configs/rtdetr/rtdetrv2_r18_coco.py", **decoder) -> torch.nn.Module:
+    """A narrow model with random box heads and BatchNorm statistics, in eval mode."""
     torch.manual_seed(0)
-    cfg = tiny_config()
+    cfg = tiny_config(path)
     cfg.model.decoder.update(decoder)
     return randomise(instantiate(cfg.model)).eval()
 
@@ -36,7 +36,10 @@ def randomise(model: torch.nn.Module) -> torch.nn.Module:
                 value.normal_(std=0.1)
             elif "bbox_head" in name and ".layers.2." in name:
                 value.normal_(std=0.1)
-            elif "sampling_offsets" in name or "attention_weights" in name:
+            elif any(
+                part in name
+                for part in ("sampling_offsets", "attention_weights", "reg_conf", ".gate.", ".lab.")
+            ):
                 value.add_(torch.randn_like(value) * 0.1)
     return model
 

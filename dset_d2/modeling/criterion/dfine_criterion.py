@@ -99,7 +99,7 @@ class DFINECriterion(SetCriterion):
             # Upstream lists what the teacher learns from itself, here only.
             losses[f"loss_ddf{suffix}"] = divisor.new_zeros(())
             for suffix, layer in layers.items():
-                losses |= self.layer_losses(layer, targets, match, divisor, shared, suffix)
+                losses |= self.layer_losses(layer, targets, shared.match, divisor, shared, suffix)
         return losses
 
     def layer_losses(
@@ -114,7 +114,7 @@ class DFINECriterion(SetCriterion):
         """All losses of one layer; those of edges if it predicts them."""
         own = pair(layer, targets, match)
         losses = self.weigh(self.class_losses(layer["pred_logits"], own), divisor, suffix)
-        pairs = pair(layer, targets, shared.match)
+        pairs = own if match is shared.match else pair(layer, targets, shared.match)
         terms = self.box_losses(pairs)
         if "pred_corners" in layer:
             terms["fgl"] = fine_grained(layer, pairs, *shared.edges)

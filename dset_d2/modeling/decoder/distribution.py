@@ -60,7 +60,8 @@ class EdgeDistribution(nn.Module):
             (..., 4) boxes cx, cy, w, h.
         """
         centre, size = reference.split(2, dim=-1)
-        reach = 0.5 + probabilities @ self.bins / self.reg_scale
+        # Not a matrix product, which autocast would run in half precision.
+        reach = 0.5 + (probabilities * self.bins).sum(-1) / self.reg_scale
         low = centre - reach[..., :2] * size
         high = centre + reach[..., 2:] * size
         return torch.cat([(low + high) / 2, high - low], dim=-1)
