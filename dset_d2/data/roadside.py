@@ -44,7 +44,7 @@ MIN_HEIGHT = 0.08  # share of the image; lower participants are not placed
 MIN_VISIBLE = 0.1  # share of the silhouette; participants hidden further carry no label
 JPEG_QUALITY = 92
 MARKER = "generated.json"
-VERSION = 3  # of the drawing: a change makes written datasets stale
+VERSION = 4  # of the drawing: a change makes written datasets stale
 
 FREQUENCY = {
     "Car": 0.32, "Truck": 0.1, "Van": 0.1, "Bus": 0.08, "Pedestrian": 0.13, "Cyclist": 0.09,

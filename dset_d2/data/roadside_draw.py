@@ -377,18 +377,21 @@ def scaled(colour: Colour, gain: float) -> Colour:
 
 # Traffic participants, one function per category
 
+# Every category favours liveries of its own, as fleets do; street furniture borrows them all.
 CAR_PAINTS = [
-    (226, 228, 230), (30, 31, 34), (160, 164, 170), (92, 96, 104), (150, 28, 32), (34, 62, 128),
-    (226, 228, 230), (30, 31, 34), (118, 84, 58), (44, 92, 80), (214, 168, 40),
+    (30, 31, 34), (160, 164, 170), (92, 96, 104), (150, 28, 32), (176, 36, 40), (30, 31, 34),
+    (118, 84, 58),
 ]  # fmt: skip
-VAN_PAINTS = [(232, 233, 234), (232, 233, 234), (186, 190, 194), (196, 172, 130), (70, 96, 140)]
-BUS_PAINTS = [(28, 110, 176), (206, 60, 40), (46, 142, 82), (232, 150, 40), (222, 226, 228)]
-CAB_PAINTS = [(46, 84, 168), (188, 40, 36), (226, 226, 224), (222, 160, 36), (58, 118, 82)]
-CARGO_PAINTS = [(226, 228, 228), (150, 156, 162), (64, 92, 138), (120, 68, 50), (90, 116, 88)]
+VAN_PAINTS = [(232, 233, 234), (238, 238, 232), (226, 228, 234)]
+BUS_PAINTS = [(46, 142, 82), (60, 160, 70), (40, 150, 110)]
+CAB_PAINTS = [(222, 160, 36), (230, 140, 30), (214, 168, 40)]
+CARGO_PAINTS = [(64, 92, 138), (50, 84, 150), (90, 110, 150)]
 CLOTHES = [
-    (40, 42, 50), (180, 40, 46), (52, 78, 140), (226, 224, 218), (92, 96, 88), (214, 176, 60),
-    (120, 66, 120), (70, 130, 120), (230, 120, 60),
+    (40, 42, 50), (52, 78, 140), (226, 224, 218), (92, 96, 88), (120, 66, 120), (140, 80, 150),
+    (70, 100, 150),
 ]  # fmt: skip
+HIGH_VISIBILITY = [(206, 226, 46), (190, 216, 60)]
+MOTORCYCLE_JACKETS = [(206, 40, 40), (220, 60, 36)]
 TROUSERS = [(34, 38, 54), (60, 62, 66), (30, 30, 32), (110, 98, 80), (54, 74, 112)]
 
 
@@ -543,10 +546,14 @@ def pedestrian(rng: np.random.Generator) -> Model:
 
 
 def _rider(
-    rng: np.random.Generator, seat: float, foot: tuple[float, float], lean: float
+    rng: np.random.Generator,
+    seat: float,
+    foot: tuple[float, float],
+    lean: float,
+    jackets: list[Colour],
 ) -> list[Part]:
     """Legs, torso and arms of somebody sitting at (0, 0, ``seat``), hands at x = 0.45."""
-    shirt, trousers = _pick(rng, CLOTHES), _pick(rng, TROUSERS)
+    shirt, trousers = _pick(rng, jackets), _pick(rng, TROUSERS)
     neck = seat + 0.58
     legs = [
         Stroke([(-0.1, y, seat), (0.26, y, seat - 0.12), (foot[0] + x, y, foot[1] + z)], 0.15,
@@ -586,7 +593,7 @@ def cyclist(rng: np.random.Generator) -> Model:
         Ball((lean + 0.06, 0, seat + 0.72), 0.125, SKIN, rank=4),
         Ball((lean + 0.02, 0, seat + 0.77), 0.12, hair, rank=5),
     ]
-    parts = [*bicycle, *_rider(rng, seat, (0.05, 0.2), lean), *head]
+    parts = [*bicycle, *_rider(rng, seat, (0.05, 0.2), lean, HIGH_VISIBILITY), *head]
     return Model(parts, (1.75, 0.55, seat + 0.89))
 
 
@@ -611,7 +618,7 @@ def motorcyclist(rng: np.random.Generator) -> Model:
         Ball((lean + 0.1, 0, seat + 0.68), 0.13, SKIN, rank=4),
         Ball((lean + 0.02, 0, seat + 0.73), 0.17, helmet, rank=5),
     ]
-    parts = [*scooter, *_rider(rng, seat, (0.3, 0.36), lean), *head]
+    parts = [*scooter, *_rider(rng, seat, (0.3, 0.36), lean, MOTORCYCLE_JACKETS), *head]
     return Model(parts, (1.95, 0.7, seat + 0.9))
 
 

@@ -1,0 +1,18 @@
+"""A narrow DSET-R18 for minutes of training on a CPU (``make demo``, ``make bench``)."""
+
+from ....configs.rtdetr.rtdetrv2_r18_roadside import (
+    dataloader,
+    epoch,
+    lr_multiplier,
+    model,
+    optimizer,
+    train,
+)
+from .common.sparse import decoder_moe, patch_moe, pruning
+
+model.encoder.update(pruning=pruning, moe=patch_moe)
+model.encoder.pruning.update(min_tokens=8, end_step=2 * epoch)
+model.decoder.moe = decoder_moe
+model.decoder.moe.num_experts = 4
+model.decoder.moe.top_k = 2
+train.output_dir = "./output/dset_r18_roadside"
