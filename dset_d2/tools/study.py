@@ -1,0 +1,185 @@
+"""Train variants of a small config with equal budget and several seeds, and set them side by side.
+
+    python -m dset_d2.tools.study --config-file projects/dset/configs/dset_r18_roadside.py \\
+        --variant "dense: model.encoder.moe=null ..." --variant "DSET:" --seeds 0 1 \\
+        --output output/study
+
+A variant is a name, a colon and the overrides that make it. The first one is what latencies are
+relative to. Writes table.txt, results.json and curves.png; runs that are finished are not repeated.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import instantiate
+from omegaconf import DictConfig
+from tabulate import tabulate
+from torch import nn
+from tqdm import tqdm
+
+from ..analysis import count_flops
+from ..analysis.latency import measure
+from ..checkpoint import load_upstream
+from ..config import apply_overrides, load_config
+from ..files import write_atomically
+from ..modeling.sparse import TokenPruner
+from ..modeling.sparse.pruning import foreground
+from . import plot_curves
+
+
+def parse_variant(text: str) -> tuple[str, list[str]]:
+    """``name: key=value ...`` -> name and overrides."""
+    name, colon, overrides = text.partition(":")
+    if not colon or not name.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 'name: overrides'")
+    return name.strip(), overrides.split()
+
+
+def train(config_file: str, overrides: list[str], folder: Path) -> None:
+    """Run our launcher in a process of its own, or what is left of it."""
+    if (folder / "model_final.pth").exists():
+        return
+    command = [sys.executable, "-W", "ignore", "-m", "dset_d2.tools.lazyconfig_train_net"]
+    command += ["--config-file", config_file, "--resume", *overrides, f"train.output_dir={folder}"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "stdout.txt", "a") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=log, env=os.environ)
+
+
+def last_metrics(folder: Path) -> dict[str, float]:
+    """The last value of every metric of a run."""
+    latest = {}
+    for line in (folder / "metrics.json").read_text().splitlines():
+        latest |= json.loads(line)
+    return latest
+
+
+def trained(cfg: DictConfig, folder: Path) -> nn.Module:
+    model = instantiate(cfg.model).eval()
+    load_upstream(model, folder / "model_final.pth")
+    return model
+
+
+@torch.no_grad()
+def foreground_recall(model: nn.Module, cfg: DictConfig) -> tuple[float, float] | None:
+    """Share of the foreground tokens of the test set that are kept, and of all tokens.
+
+    The second is what a random choice would keep of the foreground. None without a pruner.
+    """
+    pruners = [module for module in model.modules() if isinstance(module, TokenPruner)]
+    if not pruners:
+        return None
+    mapper = instantiate(cfg.dataloader.train.mapper, is_train=True)
+    mapper.augmentations = instantiate(cfg.dataloader.test.mapper).augmentations
+    found, wanted, kept, total = 0, 0, 0, 0
+
+    def count(module, arguments, output) -> None:
+        nonlocal found, wanted, kept, total
+        tokens, shape = arguments[:2]
+        keep = torch.zeros(tokens.shape[:2], dtype=torch.bool)
+        keep = keep.fill_(True) if output[0] is None else keep.scatter(1, output[0].cpu(), True)
+        mask = foreground([target], shape)
+        found, wanted = found + int((mask & keep).sum()), wanted + int(mask.sum())
+        kept, total = kept + int(keep.sum()), total + keep.numel()
+
+    handle = pruners[0].register_forward_hook(count)
+    for record in instantiate(cfg.dataloader.test.dataset):
+        inputs = mapper(record)
+        target = {key: value.cpu() for key, value in model.target(inputs).items()}
+        model([inputs])
+    handle.remove()
+    return found / max(wanted, 1), kept / total
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--variant", type=parse_variant, action="append", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--latency-rounds", type=int, default=30)
+    parser.add_argument("--opts", nargs="*", default=[], help="overrides of all variants")
+    args = parser.parse_args(argv)
+
+    runs = [(name, o, seed) for seed in args.seeds for name, o in args.variant]
+    for name, overrides, seed in tqdm(runs, desc="training", unit="run"):
+        settings = [*overrides, *args.opts, f"train.seed={seed}"]
+        train(args.config_file, settings, args.output / f"{name}_{seed}")
+
+    models, rows = {}, []
+    for name, overrides in args.variant:
+        cfg = apply_overrides(load_config(args.config_file), [*overrides, *args.opts])
+        folders = [args.output / f"{name}_{seed}" for seed in args.seeds]
+        models[name] = model = trained(cfg, folders[0])
+        mapper = instantiate(cfg.dataloader.test.mapper)
+        inputs = [[mapper(r)] for r in instantiate(cfg.dataloader.test.dataset)[:8]]
+        metrics = [last_metrics(folder) for folder in folders]
+        untrained = foreground_recall(instantiate(cfg.model).eval(), cfg)
+        rows.append(
+            {
+                "variant": name,
+                "AP": [m["bbox/AP"] for m in metrics],
+                "AP50": [m["bbox/AP50"] for m in metrics],
+                "GMACs": float(np.mean([count_flops(model, x).total for x in inputs])) / 1e9,
+                "parameters_M": sum(p.numel() for p in model.parameters()) / 1e6,
+                "training_s_per_step": [m["time"] for m in metrics],
+                "foreground_recall": [foreground_recall(trained(cfg, f), cfg) for f in folders],
+                "foreground_recall_untrained": untrained,
+            }
+        )
+    with torch.no_grad():
+        calls = {name: lambda m=model, x=inputs[0]: m(x) for name, model in models.items()}
+        latencies = measure(calls, args.latency_rounds, warmup=5)
+    for row in rows:
+        row["latency_ratio"] = latencies[row["variant"]].ratio
+        row["latency_ratio_quartiles"] = latencies[row["variant"]].ratio_quartiles
+    report(rows, args)
+
+
+def report(rows: list[dict], args: argparse.Namespace) -> None:
+    """Write and print the table, write the numbers and the curves."""
+    table = tabulate(
+        [
+            (
+                row["variant"],
+                " ".join(f"{x:.1f}" for x in row["AP"]),
+                " ".join(f"{x:.1f}" for x in row["AP50"]),
+                f"{row['GMACs']:.3f}",
+                f"{row['parameters_M']:.2f}",
+                f"{row['latency_ratio']:.3f}",
+                f"{np.mean(row['training_s_per_step']):.2f}",
+                recall_text(row),
+            )
+            for row in rows
+        ],
+        headers=("variant", "AP per seed", "AP50 per seed", "GMACs", "M parameters",
+                 "latency ratio", "training s/step", "foreground kept | chance | untrained"),
+    )  # fmt: skip
+    write_atomically(args.output / "table.txt", lambda f: f.write(f"{table}\n".encode()))
+    content = json.dumps(rows, indent=1).encode()
+    write_atomically(args.output / "results.json", lambda f: f.write(content))
+    folders = [f"{n}={args.output}/{n}_{seed}" for n, _ in args.variant for seed in args.seeds]
+    curves = ["--output", str(args.output / "curves.png")]
+    curves += ["--metrics", "total_loss", "bbox/AP", "bbox/AP50"]
+    plot_curves.main(["--runs", *folders, *curves])
+    print(table)
+
+
+def recall_text(row: dict) -> str:
+    if row["foreground_recall_untrained"] is None:
+        return ""
+    kept = np.mean([recall for recall, _ in row["foreground_recall"]])
+    untrained, chance = row["foreground_recall_untrained"]
+    return f"{kept:.3f} | {chance:.3f} | {untrained:.3f}"
+
+
+if __name__ == "__main__":
+    main()
