@@ -33,10 +33,12 @@ dataloader = dict(
                 L(UntilStep)(
                     augmentation=L(RandomZoomOut)(prob=0.5),
                     end="${dataloader.strong_augmentation_end}",
+                    on_mosaic=False,
                 ),
                 L(UntilStep)(
                     augmentation=L(RandomIoUCrop)(prob=0.8),
                     end="${dataloader.strong_augmentation_end}",
+                    on_mosaic=False,
                 ),
                 L(T.RandomFlip)(),
                 L(T.Resize)(shape="${dataloader.image_size}"),

@@ -2,5 +2,6 @@
 
 from . import dair_v2x
 from .mapper import DETRMapper
+from .mosaic import Mosaic
 
-__all__ = ["DETRMapper", "dair_v2x"]
+__all__ = ["DETRMapper", "Mosaic", "dair_v2x"]

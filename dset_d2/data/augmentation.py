@@ -15,17 +15,23 @@ class UntilStep(T.Augmentation):
 
     Works in data-loading workers; batches that are already queued when the step is reached keep
     their augmentation.
+
+    Args:
+        on_mosaic: whether it is applied to images that ``Mosaic`` made of several ones, too. Their
+            objects are small and cut already.
     """
 
-    def __init__(self, augmentation: T.Augmentation, end: int) -> None:
+    def __init__(self, augmentation: T.Augmentation, end: int, on_mosaic: bool = True) -> None:
         super().__init__()
         self.augmentation = augmentation
         self.end = end
+        self.on_mosaic = on_mosaic
         # Kept on the instance, so that a worker started by spawning gets the shared counter.
         self.step = shared_step
 
     def __call__(self, aug_input: T.AugInput) -> Transform:
-        if self.step.value >= self.end:
+        left_out = getattr(aug_input, "composed", False) and not self.on_mosaic
+        if left_out or self.step.value >= self.end:
             return NoOpTransform()
         return self.augmentation(aug_input)
 

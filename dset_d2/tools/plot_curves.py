@@ -1,0 +1,183 @@
+"""Training curves of several runs in one figure, from Detectron2's metrics.json.
+
+    python -m dset_d2.tools.plot_curves --runs dense=output/dense_0 dense=output/dense_1 \\
+        sparse=output/sparse --metrics total_loss bbox/AP --epoch-iters 120 --output curves.png
+
+draws one panel for each metric. Runs of one name, such as seeds, are averaged over the iterations
+that all of them logged, and shaded from their least to their greatest value.
+"""
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ..files import write_atomically
+from .common import UsageError
+
+METRICS = ("total_loss", "bbox/AP", "bbox/AP50")
+PANEL = (5.2, 4.0)  # inches
+COLUMNS = 3
+MARKED = 30  # curves of at most this many points show them
+
+Curve = dict[int, float]  # value by iteration, in order
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.json; broken ones, as a killed run leaves them, with a warning.
+
+    Raises:
+        UsageError: if there is no such file, or no line of it is of a metrics.json.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    rows, broken = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("iteration"), int):
+            rows.append(row)
+        else:
+            broken.append(number)
+    if not rows:
+        raise UsageError(f"{path}: holds no line of metrics")
+    if broken:
+        numbers = ", ".join(map(str, broken))
+        print(f"warning: {path}: left out broken lines: {numbers}", file=sys.stderr)
+    return rows
+
+
+def curve_of(path: Path, rows: list[dict], metric: str) -> Curve:
+    """One metric of one run; what a resumed run went through again replaces the first attempt."""
+    curve: Curve = {}
+    for row in rows:
+        if metric not in row:
+            continue
+        iteration, value = row["iteration"], row[metric]
+        if not isinstance(value, (int, float)):
+            raise UsageError(f"{path}: metric {metric!r} is {value!r} at iteration {iteration}")
+        while curve and next(reversed(curve)) >= iteration:
+            curve.popitem()
+        curve[iteration] = float(value)
+    if not curve:
+        known = sorted(set().union(*rows) - {"iteration"})
+        close = difflib.get_close_matches(metric, known) or known
+        raise UsageError(f"{path}: no metric {metric!r}; there is: {', '.join(close)}")
+    return curve
+
+
+def merge(name: str, metric: str, curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
+    """Iterations (n,) that all runs of a name share, and the runs' values (runs, n)."""
+    shared = [i for i in curves[0] if all(i in curve for curve in curves)]
+    if not shared:
+        raise UsageError(f"runs of {name!r} share no iteration with metric {metric!r}")
+    ends = {next(reversed(curve)) for curve in curves}
+    if len(ends) > 1:
+        print(
+            f"warning: {metric!r} of {name!r} is drawn to iteration {shared[-1]} only; its runs"
+            f" end at {', '.join(map(str, sorted(ends)))}",
+            file=sys.stderr,
+        )
+    return np.array(shared), np.array([[curve[i] for i in shared] for curve in curves])
+
+
+def load_runs(runs: Sequence[tuple[str, Path]], metrics: Sequence[str]) -> dict[str, dict]:
+    """By metric and name: iterations and values as :func:`merge` gives them."""
+    rows = [(name, path, read_metrics(path)) for name, path in runs]
+    loaded = {}
+    for metric in metrics:
+        curves: dict[str, list[Curve]] = {}
+        for name, path, content in rows:
+            curves.setdefault(name, []).append(curve_of(path, content, metric))
+        loaded[metric] = {name: merge(name, metric, group) for name, group in curves.items()}
+    return loaded
+
+
+def draw(loaded: dict[str, dict], epoch_iters: int | None = None) -> Figure:
+    """A panel for each metric, with a curve for each name.
+
+    Args:
+        loaded: of :func:`load_runs`.
+        epoch_iters: iterations of an epoch, for a second axis on top.
+    """
+    columns = min(COLUMNS, len(loaded))
+    lines = -(-len(loaded) // columns)
+    size = (PANEL[0] * columns, PANEL[1] * lines)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, (metric, curves) in enumerate(loaded.items()):
+        axes = figure.add_subplot(lines, columns, index + 1)
+        for name, (iterations, values) in curves.items():
+            label = name if len(values) == 1 else f"{name} (mean of {len(values)})"
+            marker = "o" if len(iterations) <= MARKED else None
+            (line,) = axes.plot(
+                iterations, values.mean(0), label=label, marker=marker, markersize=3, linewidth=1.5
+            )
+            if len(values) > 1:
+                low, high = values.min(0), values.max(0)
+                axes.fill_between(
+                    iterations, low, high, color=line.get_color(), alpha=0.2, linewidth=0
+                )
+        axes.set_title(metric)
+        axes.set_xlabel("iteration")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+        if epoch_iters:
+            # Iteration 0 is the first, so that an epoch ends at epoch_iters - 1.
+            to_epoch = (lambda x: (x + 1) / epoch_iters, lambda x: x * epoch_iters - 1)
+            top = axes.secondary_xaxis("top", functions=to_epoch)
+            top.set_xlabel("epoch")
+    return figure
+
+
+def named_run(text: str) -> tuple[str, Path]:
+    """``name=DIR`` to the name and the run's metrics.json."""
+    name, _, folder = text.partition("=")
+    if not name or not folder:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=DIR")
+    return name, Path(folder) / "metrics.json"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--runs", type=named_run, nargs="+", required=True, metavar="name=DIR",
+        help="folders with a metrics.json; repeat a name for the seeds of one run",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, required=True, help="image file, by its suffix")
+    parser.add_argument("--metrics", nargs="+", default=METRICS, help="default: %(default)s")
+    parser.add_argument("--epoch-iters", type=int, metavar="N", help="adds an axis of epochs")
+    args = parser.parse_args(argv)
+    if args.epoch_iters is not None and args.epoch_iters < 1:
+        parser.error(f"--epoch-iters {args.epoch_iters} must be positive")
+    kind = args.output.suffix[1:].lower()
+    if kind not in FigureCanvasAgg.get_supported_filetypes():
+        parser.error(f"--output {args.output}: cannot write files of type {kind!r}")
+    try:
+        loaded = load_runs(args.runs, args.metrics)
+    except UsageError as error:
+        parser.error(str(error))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    figure = draw(loaded, args.epoch_iters)
+    write_atomically(args.output, lambda file: figure.savefig(file, format=kind))
+    print(f"drawn to {args.output}")
+
+
+if __name__ == "__main__":
+    main()
