@@ -40,11 +40,11 @@ from .roadside_draw import (
 
 CATEGORIES = tuple(name for name in PARTICIPANTS if not name.endswith("Ignore"))
 SCALE = 2  # scenes are painted larger by this, then averaged
-MIN_HEIGHT = 0.08  # share of the image; lower participants are not placed
+MIN_HEIGHT = 0.095  # share of the image; lower participants are not placed
 MIN_VISIBLE = 0.1  # share of the silhouette; participants hidden further carry no label
 JPEG_QUALITY = 92
 MARKER = "generated.json"
-VERSION = 4  # of the drawing: a change makes written datasets stale
+VERSION = 5  # of the drawing: a change makes written datasets stale
 
 FREQUENCY = {
     "Car": 0.32, "Truck": 0.1, "Van": 0.1, "Bus": 0.08, "Pedestrian": 0.13, "Cyclist": 0.09,
@@ -336,7 +336,7 @@ def _populate(stage: Stage) -> None:
         least = MIN_HEIGHT * height
         return share > 0.35 and inside_y >= least and inside_x >= least / 3
 
-    count = 0 if rng.random() < EMPTY_SHARE else int(rng.triangular(1, 6, 15))
+    count = 0 if rng.random() < EMPTY_SHARE else int(rng.triangular(1, 5, 13))
     names = list(rng.choice(list(FREQUENCY), size=count, p=list(FREQUENCY.values())))
     if count and rng.random() < CROWD_SHARE:
         names.append("PedestrianIgnore")

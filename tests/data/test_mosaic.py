@@ -301,5 +301,5 @@ def test_switched_on_in_a_config(tmp_path, monkeypatch):
         end="${dataloader.strong_augmentation_end}",
     )
     batch = next(iter(instantiate(cfg.dataloader.train)))
-    assert [tuple(x["image"].shape) for x in batch] == [(3, 192, 320)] * 4
+    assert [tuple(x["image"].shape) for x in batch] == [(3, *cfg.dataloader.image_size)] * 4
     assert all(x["instances"].has("gt_boxes") for x in batch)

@@ -263,7 +263,7 @@ def test_non_finite_predictions_are_named(model):
         ("decoder", "eval_idx", 3, "eval_idx=3 is not a layer"),
         ("decoder", "num_denoising", -1, "num_denoising=-1"),
         ("decoder", "num_heads", 5, "hidden_dim=32 must be divisible by num_heads=5"),
-        ("criterion", "weights", {"vfl": 1.0}, "must have the keys vfl, bbox and giou"),
+        ("criterion", "weights", {"vfl": 1.0}, "must have the keys vfl, bbox, giou"),
     ],
 )
 def test_wrong_settings_are_named(part, setting, value, message):

@@ -72,8 +72,6 @@ class MSDeformableAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("cross_attn_method", method, SAMPLERS)
-        if dim % num_heads:
-            raise ValueError(f"hidden_dim={dim} must be divisible by num_heads={num_heads}")
         self.num_heads = num_heads
         self.num_points = list(num_points)
         self.offset_scale = offset_scale

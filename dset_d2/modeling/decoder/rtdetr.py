@@ -25,6 +25,8 @@ class TransformerDecoderLayer(nn.Module):
         project_values: bool = True,
     ) -> None:
         super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"hidden_dim={dim} must be divisible by num_heads={num_heads}")
         self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout, batch_first=True)
         self.dropout1 = nn.Dropout(dropout)
         self.norm1 = nn.LayerNorm(dim)
