@@ -4,15 +4,16 @@ PYTHON ?= python3
 DETECTRON2 ?= index
 BIN := .venv/bin
 DEMO := output/demo
+DEMO_CONFIG := projects/dset/configs/dset_r18_roadside.py
 
 .PHONY: demo test lint clean
 
 demo: .venv/ready
-	$(BIN)/python -m dset_d2.tools.make_roadside --output $(DEMO)/datasets
+	$(BIN)/python -m dset_d2.tools.make_roadside --output $(DEMO)/datasets --train 480
 	DETECTRON2_DATASETS=$(DEMO)/datasets $(BIN)/python -m dset_d2.tools.lazyconfig_train_net \
-		--config-file configs/rtdetr/rtdetrv2_r18_roadside.py --resume train.output_dir=$(DEMO)
+		--config-file $(DEMO_CONFIG) --resume train.output_dir=$(DEMO)
 	DETECTRON2_DATASETS=$(DEMO)/datasets $(BIN)/python -m dset_d2.tools.visualize \
-		--config-file configs/rtdetr/rtdetrv2_r18_roadside.py \
+		--config-file $(DEMO_CONFIG) \
 		--checkpoint $(DEMO)/model_best.pth --output $(DEMO)/detections --num-images 12
 	@echo "pictures: $(DEMO)/detections  metrics: $(DEMO)/metrics.json  weights: $(DEMO)/model_best.pth"
 

@@ -29,10 +29,10 @@ train.update(
     output_dir="./output/rtdetrv2_r18_roadside",
     seed=0,
     max_iter=7 * epoch,
-    eval_period=epoch,
+    eval_period=2 * epoch,
     epoch_iters=epoch,
     best_metric="bbox/AP50",
     log_period=10,
 )
-train.checkpointer.period = epoch
+train.checkpointer.period = 2 * epoch
 train.ema.update(decay=0.98, warmup=50)
