@@ -10,7 +10,6 @@ relative to. Writes table.txt, results.json and curves.png; runs that are finish
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +48,9 @@ def train(config_file: str, overrides: list[str], folder: Path) -> None:
     command += ["--config-file", config_file, "--resume", *overrides, f"train.output_dir={folder}"]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "stdout.txt", "a") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=log, env=os.environ)
+        failed = subprocess.run(command, stdout=log, stderr=log).returncode
+    if failed:
+        raise RuntimeError(f"training failed; {folder / 'stdout.txt'} says why")
 
 
 def last_metrics(folder: Path) -> dict[str, float]:

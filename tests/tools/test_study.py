@@ -1,0 +1,57 @@
+import json
+
+import pytest
+
+from dset_d2.data.roadside import write_dataset
+from dset_d2.tools import study
+
+DSET = "projects/dset/configs/dset_r18_roadside.py"
+TINY = [
+    "model.encoder.hidden_dim=32",
+    "model.encoder.dim_feedforward=64",
+    "model.decoder.hidden_dim=32",
+    "model.decoder.dim_feedforward=64",
+    "model.decoder.num_queries=30",
+    "dataloader.image_size=[64,96]",
+    "dataloader.train.total_batch_size=2",
+    "dataloader.train.num_workers=0",
+    "dataloader.test.num_workers=0",
+    "lr_multiplier.warmup_iters=1",
+    "train.max_iter=2",
+    "train.log_period=1",
+]
+
+
+def test_variants_are_trained_once_and_set_side_by_side(tmp_path, monkeypatch, capsys):
+    write_dataset(tmp_path, num_train=4, num_val=2, height=96, width=160, seed=1, progress=False)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    options = ["--config-file", DSET, "--seeds", "0", "--output", str(tmp_path / "study")]
+    options += ["--variant", "dense: model.encoder.pruning=null model.encoder.moe=null"]
+    options += [
+        "--variant",
+        "DSET: model.encoder.pruning.min_tokens=2",
+        "--latency-rounds",
+        "1",
+        "--opts",
+        *TINY,
+    ]
+    study.main(options)
+    dense, sparse = json.loads((tmp_path / "study/results.json").read_text())
+    assert dense["variant"] == "dense" and dense["latency_ratio"] == 1.0
+    assert dense["foreground_recall_untrained"] is None
+    kept, share = sparse["foreground_recall"][0]
+    assert 0 < kept <= 1 and share == pytest.approx(5 / 6)  # ceil(.7 * 6) of 2 x 3 tokens
+    assert sparse["GMACs"] < dense["GMACs"]
+    assert "latency ratio" in capsys.readouterr().out
+    assert (tmp_path / "study/curves.png").stat().st_size > 0
+
+    weights = tmp_path / "study/DSET_0/model_final.pth"
+    before = weights.stat().st_mtime_ns
+    study.main(options)
+    assert weights.stat().st_mtime_ns == before
+
+
+def test_a_variant_needs_a_name(capsys):
+    with pytest.raises(SystemExit):
+        study.main(["--config-file", DSET, "--variant", "model.x=1", "--output", "x"])
+    assert "not of the form 'name: overrides'" in capsys.readouterr().err
