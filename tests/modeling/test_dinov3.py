@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.config import instantiate
+from detectron2.config import get_cfg, instantiate
 from safetensors.torch import save_file
 from torch import nn
 
@@ -252,6 +252,24 @@ def test_a_frozen_vit_without_weights_is_warned_of(caplog, image):
 def test_wrong_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         tiny(**settings)
+
+
+def test_from_cfg_node():
+    cfg = get_cfg()
+    dset_d2.add_detr_config(cfg)
+    node = cfg.MODEL.DINOV3
+    plain = DINOv3.from_config(cfg, None)
+    assert plain["freeze"] is None and plain["lora"] is None
+    assert isinstance(plain["adapter"], SpatialTuningAdapter)
+    node.ADAPTER, node.FREEZE, node.LORA_RANK = "plain", True, 4
+    held = DINOv3.from_config(cfg, None)
+    assert isinstance(held["adapter"], PlainAdapter) and held["lora"].rank == 4
+    assert held["freeze"] == FreezeConfig(None, 4)
+    node.UNFREEZE_STEP = 7
+    assert DINOv3.from_config(cfg, None)["freeze"] == FreezeConfig(7, 4)
+    node.ADAPTER = "fpn"
+    with pytest.raises(ValueError, match="MODEL.DINOV3.ADAPTER='fpn'"):
+        DINOv3.from_config(cfg, None)
 
 
 def test_wrong_values():

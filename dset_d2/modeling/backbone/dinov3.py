@@ -238,7 +238,7 @@ class DINOv3(Backbone, Scheduled):
         hint = f"model.safetensors of https://huggingface.co/timm/{self.name}.lvd1689m"
         if size in OFFICIAL_FILES:
             hint = f"{OFFICIAL_FILES[size]} of {OFFICIAL} or {hint}"
-        return f"download {hint} (both under Meta's DINOv3 licence), and save it at this path"
+        return f"download {hint} (under Meta's DINOv3 licence) and save it here, its ending kept"
 
     # What is trained at the present step.
 
