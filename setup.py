@@ -28,6 +28,8 @@ setup(
         "Pillow>=9",
         "opencv-python-headless>=4.5",
         "pycocotools>=2.0.6",
+        "timm>=1.0.20",
+        "safetensors>=0.4",
         "fvcore>=0.1.5.post20221221",
         "omegaconf>=2.1,<2.4",
         "hydra-core>=1.1",

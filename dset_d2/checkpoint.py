@@ -5,7 +5,11 @@ import re
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from timm.models.eva import checkpoint_filter_fn
 from torch import Tensor, nn
+
+from .modeling.lora import is_lora
 
 logger = logging.getLogger(__name__)
 
@@ -38,19 +42,25 @@ FFN_SHAPES = {
 }
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+def read_state_dict(path: str | Path, hint: str = "") -> dict[str, Tensor]:
     """Read the weights of an upstream or Detectron2 checkpoint, the averaged ones if it has any.
 
-    Nothing is unpickled but tensors and plain containers.
+    Nothing is unpickled but tensors and plain containers; ``.safetensors`` files hold no more.
+
+    Args:
+        hint: where to get the file, for the error that it is not there.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is no checkpoint or holds no state dict.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
+        raise FileNotFoundError(f"{path}: no such checkpoint{hint and f'; {hint}'}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if Path(path).suffix == ".safetensors":
+            checkpoint = load_file(path)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path}: not a checkpoint that is safe to read: {error}") from error
     return unwrap(checkpoint, str(path))
@@ -80,7 +90,8 @@ def rename(key: str) -> str:
 def load_upstream(model: nn.Module, source: str | Path | dict) -> None:
     """Load released RT-DETR, RT-DETRv2 or D-FINE weights, or those of a run of ours, in place.
 
-    A state dict whose keys all belong to the backbone (an ImageNet model) goes there alone.
+    A state dict whose keys all belong to the backbone (an ImageNet model) goes there alone, and
+    so do a DINOv3's (:func:`load_dinov3`).
     Class heads of another number of classes keep their fresh initialisation, and FFNs of another
     width take the checkpoint's, both with a warning.
 
@@ -95,7 +106,10 @@ def load_upstream(model: nn.Module, source: str | Path | dict) -> None:
     if isinstance(source, dict):
         state, name = unwrap(source, "state dict"), "state dict"
     else:
-        state, name = read_state_dict(source), str(source)
+        state, name = read_state_dict(source, weights_hint(model)), str(source)
+    if is_dinov3(state):
+        load_dinov3(model, state, name)
+        return
     state = {rename(key): value for key, value in state.items() if not COMPUTED.search(key)}
 
     module = model
@@ -153,3 +167,63 @@ def resize_ffn(module: nn.Module, width: int) -> None:
         parameter = module.get_parameter(name)
         parameter.data = parameter.new_empty(shape(width, module.linear1.in_features))
     module.linear1.out_features = module.linear2.in_features = width
+
+
+# DINOv3's own names and timm's of the tokens, which no other model has.
+REGISTERS = ("storage_tokens", "reg_token")
+# DEIMv2's names of the adapter's parts.
+ADAPTER = re.compile(r"^(sta|convs|norms)\.")
+
+
+def weights_hint(model: nn.Module) -> str:
+    return getattr(getattr(model, "backbone", model), "weights_hint", "")
+
+
+def is_dinov3(state: dict[str, Tensor]) -> bool:
+    """Whether a state dict is of a DINOv3 alone, as upstream, timm or DEIMv2 write it."""
+    return any(key in state for name in REGISTERS for key in (name, f"dinov3.{name}"))
+
+
+def load_dinov3(model: nn.Module, source: str | Path | dict, name: str = "state dict") -> None:
+    """Load DINOv3 weights into a backbone in place: Meta's, timm's, or DEIMv2's with its adapter.
+
+    Without the adapter's weights the adapter stays as it is, and so do low-rank updates. Blocks
+    above the model's are left out, and so is what follows from settings (rotation periods, the
+    mask of the keys' bias).
+
+    Args:
+        model: a :class:`DINOv3`, or a detector with that backbone.
+        source: path of a ``.pth`` or ``.safetensors`` file, or a state dict.
+
+    Raises:
+        FileNotFoundError: if there is no such file; says where to get it.
+        ValueError: on a key or shape that has no place, or on a parameter without a key.
+    """
+    backbone = getattr(model, "backbone", model)
+    if not hasattr(backbone, "dinov3"):
+        raise ValueError(f"DINOv3's weights do not fit a {type(backbone).__name__}")
+    if not isinstance(source, dict):
+        source, name = read_state_dict(source, weights_hint(model)), str(source)
+    vit = {k.removeprefix("dinov3."): v for k, v in source.items() if not ADAPTER.match(k)}
+    adapter = {k: v for k, v in source.items() if ADAPTER.match(k)}
+    depth = len(backbone.dinov3.blocks)
+    vit = {
+        key: value
+        for key, value in checkpoint_filter_fn(vit, backbone.dinov3).items()
+        if not (key.startswith("blocks.") and int(key.split(".")[1]) >= depth)
+    }
+    wanted = [(backbone.dinov3, vit)] + ([(backbone.adapter, adapter)] if adapter else [])
+    for module, state in wanted:
+        known = module.state_dict()
+        unknown = sorted(state.keys() - known.keys())
+        missing = sorted(k for k in known.keys() - state.keys() if not is_lora(k))
+        wrong = sorted(k for k in known.keys() & state.keys() if known[k].shape != state[k].shape)
+        if unknown or missing or wrong:
+            raise ValueError(
+                f"{name} does not fit the {type(module).__name__} of the model: "
+                f"{len(unknown)} keys without a place {unknown[:5]}, "
+                f"{len(missing)} parameters without a key {missing[:5]}, "
+                f"{len(wrong)} of another shape {wrong[:5]}"
+            )
+    for module, state in wanted:
+        module.load_state_dict(state, strict=False)

@@ -77,6 +77,21 @@ def add_detr_config(cfg: CfgNode) -> None:
             "OUT_FEATURES": ["stage2", "stage3", "stage4"],
         }
     )
+    cfg.MODEL.DINOV3 = CfgNode(
+        {
+            "NAME": "vit_small_patch16_dinov3_qkvb",
+            "EMBED_DIM": 384,  # of the ViT that NAME names
+            "TAPS": [5, 8, 11],
+            "ADAPTER": "sta",
+            "OUT_CHANNELS": 160,
+            "FREEZE": False,
+            "UNFREEZE_STEP": -1,  # never, if frozen at all
+            "UNFREEZE_BLOCKS": 4,
+            "LORA_RANK": 0,  # none
+            "LORA_ALPHA": 16.0,
+            "GRADIENT_CHECKPOINTING": False,
+        }
+    )
     cfg.MODEL.ENCODER = CfgNode(
         {
             "NAME": "HybridEncoder",

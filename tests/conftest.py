@@ -26,6 +26,22 @@ def tiny_model(path: str = "configs/rtdetr/rtdetrv2_r18_coco.py", **decoder) -> 
     return randomise(instantiate(cfg.model)).eval()
 
 
+def tiny_dinov3(depth: int = 6, **backbone) -> torch.nn.Module:
+    """A detector of the DINOv3 project with a narrow ViT whose layer scales let it matter."""
+    torch.manual_seed(0)
+    cfg = tiny_config("projects/dfine_dinov3/configs/dfine_dinov3_s_coco.py").model
+    cfg.multi_scale = []
+    cfg.backbone.vit = dict(embed_dim=32, depth=depth, num_heads=2, init_values=0.5)
+    cfg.backbone.taps = [depth // 3 - 1, 2 * depth // 3 - 1, depth - 1]
+    cfg.backbone.adapter.update(in_channels=32, out_channels=32, conv_channels=4)
+    for name, value in backbone.items():
+        if isinstance(value, dict):
+            cfg.backbone[name].update(value)
+        else:
+            cfg.backbone[name] = value
+    return randomise(instantiate(cfg))
+
+
 def randomise(model: torch.nn.Module) -> torch.nn.Module:
     """Leave the initial state: heads that are zero and unit statistics hide mistakes."""
     with torch.no_grad():

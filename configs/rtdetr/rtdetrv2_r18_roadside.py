@@ -3,7 +3,7 @@ or on generated scenes in its layout (``make demo``)."""
 
 from detectron2.config import LazyCall as L
 
-from dset_d2.engine.optimizer import warmup_cosine
+from dset_d2.engine.optimizer import flat_cosine
 
 from ..common.data import dataloader
 from ..common.optim import optimizer
@@ -24,7 +24,7 @@ dataloader.test.num_workers = 1
 
 epoch = 480 // 4  # images / batch
 optimizer.lr = 5e-4
-lr_multiplier = L(warmup_cosine)(max_iter="${train.max_iter}", warmup_iters=50)
+lr_multiplier = L(flat_cosine)(max_iter="${train.max_iter}", warmup_iters=50, flat=0.0, floor=0.01)
 train.update(
     output_dir="./output/rtdetrv2_r18_roadside",
     seed=0,

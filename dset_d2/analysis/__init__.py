@@ -2,7 +2,7 @@
 
 from .flops import FlopReport, count_activations, count_flops
 from .latency import Latency, measure, measure_modules
-from .parameters import ParameterCount, count_parameters
+from .parameters import ParameterCount, count_parameters, deployed_parameters
 
 __all__ = [
     "FlopReport",
@@ -11,6 +11,7 @@ __all__ = [
     "count_activations",
     "count_flops",
     "count_parameters",
+    "deployed_parameters",
     "measure",
     "measure_modules",
 ]

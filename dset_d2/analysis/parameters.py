@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..modeling.encoder.fusion_blocks import RepVggBlock
 from .tracing import Inputs
 from .witness import observe
 
@@ -51,3 +52,34 @@ def active_parameters(module: nn.Module, read: set[int], seen: set[int]) -> int:
     seen |= new
     children = sum(active_parameters(child, read, seen) for child in module.children())
     return sum(own[key] for key in new) + children
+
+
+def deployed_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Parameters of a detector in training and deployed, by part; "" is the whole.
+
+    Deployed, it has no denoising queries, no decoder layers above the one that is evaluated, no
+    scores of the layers below; and a RepVGG block is one 3x3 convolution with a bias.
+    """
+    gone = {}  # parameters that deployment takes away, by module name
+    evaluated = model.decoder.eval_idx
+    for name, module in model.named_modules():
+        total = sum(p.numel() for p in module.parameters())
+        parent, _, index = name.rpartition(".")
+        if name == "decoder.denoising_class_embed":
+            gone[name] = total
+        elif parent in ("decoder.dec_score_head", "decoder.decoder.lqe_layers"):
+            gone[name] = total if int(index) != evaluated else 0
+        elif parent in ("decoder.dec_bbox_head", "decoder.decoder.layers"):
+            gone[name] = total if int(index) > evaluated else 0
+        elif isinstance(module, RepVggBlock):
+            kernel = module.conv1.conv.weight
+            gone[name] = total - kernel.numel() - len(kernel)
+    counts = {}
+    for name in ("", "backbone", "backbone.dinov3", "backbone.adapter", "encoder", "decoder"):
+        try:
+            total = sum(p.numel() for p in model.get_submodule(name).parameters())
+        except AttributeError:  # another backbone's parts
+            continue
+        less = sum(n for key, n in gone.items() if not name or key.startswith(f"{name}."))
+        counts[name] = (total, total - less)
+    return counts

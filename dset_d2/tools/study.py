@@ -10,6 +10,7 @@ relative to. Writes table.txt, results.json and curves.png; runs that are finish
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -131,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
                 "AP50": [m["bbox/AP50"] for m in metrics],
                 "GMACs": float(np.mean([count_flops(model, x).total for x in inputs])) / 1e9,
                 "parameters_M": sum(p.numel() for p in model.parameters()) / 1e6,
-                "training_s_per_step": [m["time"] for m in metrics],
+                "training_s_per_step": [m.get("time", math.nan) for m in metrics],
                 "foreground_recall": [foreground_recall(trained(cfg, f), cfg) for f in folders],
                 "foreground_recall_untrained": untrained,
             }

@@ -5,12 +5,12 @@ from torch import nn
 
 from dset_d2.engine.optimizer import (
     build_adamw,
+    flat_cosine,
     parameter_groups,
     warmup_constant,
-    warmup_cosine,
 )
 
-from ..conftest import tiny_config
+from ..conftest import tiny_config, tiny_dinov3
 
 
 def settings_by_name(**params) -> dict[str, dict]:
@@ -75,9 +75,48 @@ def test_sparse_parts_of_the_encoder_learn_at_full_rate():
     assert found["encoder.pruner.weight"] == 1.0
 
 
-def test_warmup_then_cosine():
-    schedule = warmup_cosine(max_iter=1000, warmup_iters=100, end=0.1)
-    rates = [schedule(step / 1000) for step in (0, 49, 100, 550, 1000)]
-    assert rates == pytest.approx([0.01, 0.495, 0.98, 0.5, 0.1], abs=0.07)
-    with pytest.raises(ValueError, match="warmup_iters=10 must lie in 1..max_iter=10"):
-        warmup_cosine(10, 10)
+def vit_settings(**params) -> dict[str, dict]:
+    model = tiny_dinov3(freeze=None)
+    groups = parameter_groups(model, base_lr=1.0, weight_decay=0.1, **params)
+    by_parameter = {id(p): group for group in groups for p in group["params"]}
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return {name: by_parameter[id(p)] for name, p in trained}
+
+
+def test_rates_fall_with_the_vits_depth():
+    settings = vit_settings(backbone_factor=0.5, vit_factor=0.2, layer_decay=0.8)
+    rates = {name: group["lr"] for name, group in settings.items()}
+    vit = "backbone.dinov3."
+    for index in range(6):
+        expected = 0.1 * 0.8 ** (5 - index)
+        assert rates[f"{vit}blocks.{index}.attn.qkv.weight"] == pytest.approx(expected)
+        assert rates[f"{vit}blocks.{index}.gamma_1"] == pytest.approx(expected)
+    assert rates[f"{vit}norm.weight"] == pytest.approx(0.1)
+    for name in ("cls_token", "reg_token", "patch_embed.proj.weight"):
+        assert rates[f"{vit}{name}"] == pytest.approx(0.1 * 0.8**6)
+    for name, rate in rates.items():
+        if not name.startswith(vit):
+            assert rate == (0.5 if name.startswith("backbone.") else 1), name
+
+
+def test_vectors_and_tokens_of_the_vit_have_no_decay():
+    for name, group in vit_settings().items():
+        if name.startswith("backbone.dinov3."):
+            decayed = name.endswith((".qkv.weight", "proj.weight", "fc1.weight", "fc2.weight"))
+            assert group["weight_decay"] == (0.1 if decayed else 0), name
+
+
+def test_flat_cosine():
+    schedule = flat_cosine(max_iter=1000, warmup_iters=100, flat=0.4, floor=0.2, final=0.1)
+    rates = [schedule(step / 1000) for step in (0, 50, 100, 400, 650, 900, 950, 1000)]
+    assert rates == pytest.approx([0.01, 0.505, 1, 1, 0.6, 0.2, 0.2, 0.2], abs=0.006)
+    falling = [schedule(step / 1000) for step in range(400, 901)]
+    assert falling == sorted(falling, reverse=True)
+    assert flat_cosine(10, 100, 0.4, 0.2)(1.0) == pytest.approx(0.1)  # ends within the warm-up
+    for settings, message in (
+        (dict(flat=0.95, floor=0.2, final=0.1), "flat=0.95 and final=0.1"),
+        (dict(flat=-0.1, floor=0.2), "flat=-0.1"),
+        (dict(flat=0.5, floor=1.2), "floor=1.2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            flat_cosine(1000, 100, **settings)

@@ -11,7 +11,7 @@ from dset_d2.modeling import ENCODER_REGISTRY, DETRDetector
 from ..conftest import make_inputs
 
 
-@pytest.mark.parametrize("backbone", ["PResNet", "HGNetv2"])
+@pytest.mark.parametrize("backbone", ["PResNet", "HGNetv2", "DINOv3"])
 def test_build_from_cfg_node(backbone):
     cfg = get_cfg()
     dset_d2.add_detr_config(cfg)
@@ -32,5 +32,6 @@ def test_build_from_cfg_node(backbone):
 
 def test_names_are_registered():
     assert "DETRDetector" in META_ARCH_REGISTRY
-    assert "PResNet" in BACKBONE_REGISTRY and "HGNetv2" in BACKBONE_REGISTRY
+    for name in ("PResNet", "HGNetv2", "DINOv3"):
+        assert name in BACKBONE_REGISTRY
     assert "HybridEncoder" in ENCODER_REGISTRY

@@ -1,4 +1,5 @@
+from .dinov3 import DINOv3, PlainAdapter, SpatialTuningAdapter
 from .hgnetv2 import HGNetv2
 from .presnet import PResNet
 
-__all__ = ["HGNetv2", "PResNet"]
+__all__ = ["DINOv3", "HGNetv2", "PResNet", "PlainAdapter", "SpatialTuningAdapter"]

@@ -2,7 +2,7 @@
 
 from detectron2.config import LazyCall as L
 
-from dset_d2.engine.optimizer import warmup_cosine
+from dset_d2.engine.optimizer import flat_cosine
 
 from ....configs.common.data import dataloader
 from ....configs.common.optim import optimizer
@@ -17,7 +17,9 @@ epoch = 5042 // 16  # images / batch
 dataloader.strong_augmentation_end = 90 * epoch
 optimizer.update(lr=1e-4, clip_norm=10.0)
 optimizer.params.update(backbone_factor=0.1, encoder_factor=0.1)
-lr_multiplier = L(warmup_cosine)(max_iter="${train.max_iter}", warmup_iters=3 * epoch)
+lr_multiplier = L(flat_cosine)(
+    max_iter="${train.max_iter}", warmup_iters=3 * epoch, flat=0.0, floor=0.01
+)
 train.update(
     output_dir="./output/rtdetr_r18_dair_v2x",
     max_iter=100 * epoch,
