@@ -6,7 +6,7 @@ BIN := .venv/bin
 DEMO := output/demo
 DEMO_CONFIG := projects/dset/configs/dset_r18_roadside.py
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: .venv/ready
 	$(BIN)/python -m dset_d2.tools.make_roadside --output $(DEMO)/datasets --train 480
@@ -25,6 +25,18 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 
 
+
+# Small-scale evidence: DSET and its ablations with equal budget and two seeds, side by side.
+bench: .venv/ready
+	$(BIN)/python -m dset_d2.tools.make_roadside --output $(DEMO)/datasets --train 480
+	DETECTRON2_DATASETS=$(DEMO)/datasets $(BIN)/python -m dset_d2.tools.study \
+		--config-file $(DEMO_CONFIG) --output output/study --seeds 0 1 \
+		--variant "dense: model.encoder.pruning=null model.encoder.moe=null model.decoder.moe=null" \
+		--variant "DSET:" \
+		--variant "pruning: model.encoder.moe=null model.decoder.moe=null" \
+		--variant "patch-MoE: model.encoder.pruning=null model.decoder.moe=null" \
+		--variant "decoder-MoE: model.encoder.pruning=null model.encoder.moe=null" \
+		--opts train.max_iter=240 train.eval_period=60 $(STUDY_OPTS)
 
 clean:
 	rm -rf .venv output build *.egg-info

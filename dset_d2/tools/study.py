@@ -77,8 +77,8 @@ def foreground_recall(model: nn.Module, cfg: DictConfig) -> tuple[float, float] 
     pruners = [module for module in model.modules() if isinstance(module, TokenPruner)]
     if not pruners:
         return None
-    mapper = instantiate(cfg.dataloader.train.mapper, is_train=True)
-    mapper.augmentations = instantiate(cfg.dataloader.test.mapper).augmentations
+    mapper = instantiate(cfg.dataloader.test.mapper)
+    mapper.is_train = True  # with the boxes, but the augmentation of the test
     found, wanted, kept, total = 0, 0, 0, 0
 
     def count(module, arguments, output) -> None:
