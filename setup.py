@@ -28,6 +28,7 @@ setup(
         "Pillow>=9",
         "opencv-python-headless>=4.5",
         "pycocotools>=2.0.6",
+        "matplotlib>=3.5",
         "timm>=1.0.20",
         "safetensors>=0.4",
         "fvcore>=0.1.5.post20221221",

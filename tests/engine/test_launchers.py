@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dset_d2.data.roadside import write_dataset
+from dset_d2.engine.optimizer import flat_cosine
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/rtdetr/rtdetrv2_r18_roadside.py"
@@ -118,17 +119,22 @@ def test_killed_run_resumes_exactly(datasets, tmp_path):
     assert f"Starting training from iteration {step}" in result.stdout
     logged = losses(tmp_path)
     assert sorted(logged) == list(range(12))
-    # The learning rate after warm-up, and within it, is the schedule's.
-    assert [logged[i]["lr"] for i in (0, 1, 11)] == pytest.approx([1e-4, 2e-4, 4e-4])
+    schedule = flat_cosine(max_iter=12, warmup_iters=4, flat=0.0, floor=0.01)
+    expected = [5e-4 * schedule(i / 12) for i in range(12)]
+    assert [logged[i]["lr"] for i in range(12)] == pytest.approx(expected)
     state = torch.load(tmp_path / "model_final.pth", weights_only=True)
     assert int(state["model"]["clock.steps"]) == state["ema"]["updates"] == 12
     assert optimizer_steps(state) == {12}
 
 
 def test_best_checkpoint_and_early_stopping(datasets, tmp_path):
-    """A rate of 0 never improves: training ends after `patience` further evaluations."""
+    """An average that stays at the first weights never improves: two evaluations later is the end.
+
+    Its BatchNorm statistics stay, too, which would move the metric even at a rate of 0.
+    """
     options = [
-        "optimizer.lr=0",
+        "train.ema.decay=0.99999999",
+        "train.ema.warmup=0.001",
         "train.max_iter=40",
         "train.eval_period=2",
         "train.early_stopping_patience=2",
@@ -147,7 +153,7 @@ def test_best_checkpoint_and_early_stopping(datasets, tmp_path):
 
 
 def test_non_finite_loss_stops_and_is_named(datasets, tmp_path):
-    result = run(datasets, OURS, tmp_path, "model.criterion.weights.giou=.nan", "train.max_iter=3")
+    result = run(datasets, OURS, tmp_path, "model.criterion.weights.giou=nan", "train.max_iter=3")
     assert result.returncode != 0
     error = result.stderr.strip().splitlines()[-1]
     assert "FloatingPointError: training stops at iteration 0: losses not finite" in error
