@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,11 +41,11 @@ from .roadside_draw import (
 
 CATEGORIES = tuple(name for name in PARTICIPANTS if not name.endswith("Ignore"))
 SCALE = 2  # scenes are painted larger by this, then averaged
-MIN_HEIGHT = 0.095  # share of the image; lower participants are not placed
-MIN_VISIBLE = 0.1  # share of the silhouette; participants hidden further carry no label
+MIN_HEIGHT = 0.115  # share of the image; lower participants are not placed
+MIN_VISIBLE = 0.2  # share of the silhouette; participants hidden further carry no label
 JPEG_QUALITY = 92
 MARKER = "generated.json"
-VERSION = 5  # of the drawing: a change makes written datasets stale
+VERSION = 7  # of the drawing: a change makes written datasets stale
 
 FREQUENCY = {
     "Car": 0.32, "Truck": 0.1, "Van": 0.1, "Bus": 0.08, "Pedestrian": 0.13, "Cyclist": 0.09,
@@ -329,14 +330,13 @@ def _populate(stage: Stage) -> None:
     """Place traffic where it belongs, large enough in the image to be labelled."""
     rng, (height, width) = stage.rng, stage.size
 
-    def accept(drawing: Drawing) -> bool:
+    def accept(least: float, drawing: Drawing) -> bool:
         x0, y0, x1, y1 = (value / SCALE for value in drawing.bounds)
         inside_x, inside_y = min(x1, width) - max(x0, 0), min(y1, height) - max(y0, 0)
         share = max(inside_x, 0) * max(inside_y, 0) / max(1, (x1 - x0) * (y1 - y0))
-        least = MIN_HEIGHT * height
         return share > 0.35 and inside_y >= least and inside_x >= least / 3
 
-    count = 0 if rng.random() < EMPTY_SHARE else int(rng.triangular(1, 5, 13))
+    count = 0 if rng.random() < EMPTY_SHARE else int(rng.triangular(1, 4, 11))
     names = list(rng.choice(list(FREQUENCY), size=count, p=list(FREQUENCY.values())))
     if count and rng.random() < CROWD_SHARE:
         names.append("PedestrianIgnore")
@@ -345,6 +345,7 @@ def _populate(stage: Stage) -> None:
         model = PARTICIPANTS[name](rng)
         gap = {"Trafficcone": 2.2, "Pedestrian": 0.9}.get(name, 2 + model.size[0])
         kind = name if gap < 2.5 else "queue"
+        least = height * MIN_HEIGHT * (0.6 if name == "Trafficcone" else 1)
         for _ in range(14):
             if kind in last and rng.random() < 0.35:
                 road, s, t, heading = last[kind]
@@ -352,7 +353,7 @@ def _populate(stage: Stage) -> None:
                 t += rng.normal(0, 0.15)
             else:
                 road, s, t, heading = _pose(rng, name, stage.layout)
-            if _put(stage, name, model, road.place([s, t]), heading, accept):
+            if _put(stage, name, model, road.place([s, t]), heading, partial(accept, least)):
                 last[kind] = (road, s, t, heading)
                 break
 
@@ -361,7 +362,9 @@ def _pose(rng: np.random.Generator, name: str, layout: Layout) -> tuple[Road, fl
     """Where a participant of a kind would be: its road, s and t there, and its heading."""
     roads = layout.roads
     road = roads[0] if len(roads) == 1 or rng.random() < 0.65 else roads[1]
-    farthest = {"Trafficcone": 20, "Pedestrian": 28, "PedestrianIgnore": 50}.get(name, 45)
+    farthest = {"Trafficcone": 15, "Pedestrian": 22, "Cyclist": 26, "Motorcyclist": 26}.get(
+        name, 42
+    )
     s = 9 * (farthest / 9) ** rng.random() if road is layout.main else rng.uniform(-28, 28)
     side = rng.choice([-1, 1])
     heading = road.heading + (0 if side > 0 else math.pi)
