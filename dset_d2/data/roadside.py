@@ -41,11 +41,11 @@ from .roadside_draw import (
 
 CATEGORIES = tuple(name for name in PARTICIPANTS if not name.endswith("Ignore"))
 SCALE = 2  # scenes are painted larger by this, then averaged
-MIN_HEIGHT = 0.115  # share of the image; lower participants are not placed
-MIN_VISIBLE = 0.2  # share of the silhouette; participants hidden further carry no label
+MIN_HEIGHT = 0.1  # share of the image; lower participants are not placed
+MIN_VISIBLE = 0.25  # share of the silhouette; participants hidden further carry no label
 JPEG_QUALITY = 92
 MARKER = "generated.json"
-VERSION = 7  # of the drawing: a change makes written datasets stale
+VERSION = 8  # of the drawing: a change makes written datasets stale
 
 FREQUENCY = {
     "Car": 0.32, "Truck": 0.1, "Van": 0.1, "Bus": 0.08, "Pedestrian": 0.13, "Cyclist": 0.09,
@@ -336,7 +336,7 @@ def _populate(stage: Stage) -> None:
         share = max(inside_x, 0) * max(inside_y, 0) / max(1, (x1 - x0) * (y1 - y0))
         return share > 0.35 and inside_y >= least and inside_x >= least / 3
 
-    count = 0 if rng.random() < EMPTY_SHARE else int(rng.triangular(1, 4, 11))
+    count = 0 if rng.random() < EMPTY_SHARE else int(rng.triangular(1, 6, 13))
     names = list(rng.choice(list(FREQUENCY), size=count, p=list(FREQUENCY.values())))
     if count and rng.random() < CROWD_SHARE:
         names.append("PedestrianIgnore")
