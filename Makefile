@@ -5,16 +5,13 @@ DETECTRON2 ?= index
 BIN := .venv/bin
 DEMO := output/demo
 DEMO_CONFIG := projects/dset/configs/dset_r18_roadside.py
-# Half precision where the CPU multiplies it natively.
-BF16 = $(shell $(BIN)/python -c "import torch; print(torch.cpu.get_capabilities().get('amx_bf16', False))")
 
 .PHONY: demo test lint bench clean
 
 demo: .venv/ready
 	$(BIN)/python -m dset_d2.tools.make_roadside --output $(DEMO)/datasets --train 480
 	DETECTRON2_DATASETS=$(DEMO)/datasets $(BIN)/python -m dset_d2.tools.lazyconfig_train_net \
-		--config-file $(DEMO_CONFIG) --resume train.output_dir=$(DEMO) \
-		train.amp.enabled=$(BF16)
+		--config-file $(DEMO_CONFIG) --resume train.output_dir=$(DEMO)
 	DETECTRON2_DATASETS=$(DEMO)/datasets $(BIN)/python -m dset_d2.tools.visualize \
 		--config-file $(DEMO_CONFIG) \
 		--checkpoint $(DEMO)/model_best.pth --output $(DEMO)/detections --num-images 12
