@@ -24,19 +24,18 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-
-
 # Small-scale evidence: DSET and its ablations with equal budget and two seeds, side by side.
 bench: .venv/ready
 	$(BIN)/python -m dset_d2.tools.make_roadside --output $(DEMO)/datasets --train 480
 	DETECTRON2_DATASETS=$(DEMO)/datasets $(BIN)/python -m dset_d2.tools.study \
 		--config-file $(DEMO_CONFIG) --output output/study --seeds 0 1 \
-		--variant "dense: model.encoder.pruning=null model.encoder.moe=null model.decoder.moe=null" \
-		--variant "DSET:" \
-		--variant "pruning: model.encoder.moe=null model.decoder.moe=null" \
+		--variant "RT-DETR: configs/rtdetr/rtdetrv2_r18_roadside.py" \
+		--variant "MoE-RTDETR: model.encoder.pruning=null model.encoder.moe=null" \
 		--variant "patch-MoE: model.encoder.pruning=null model.decoder.moe=null" \
-		--variant "decoder-MoE: model.encoder.pruning=null model.encoder.moe=null" \
-		--opts train.max_iter=240 train.eval_period=60 $(STUDY_OPTS)
+		--variant "pruning: model.encoder.moe=null model.decoder.moe=null" \
+		--variant "DSET:" \
+		--variant "DSET-zero: model.encoder.pruning.restore=zero" \
+		--opts train.max_iter=480 train.eval_period=120
 
 clean:
 	rm -rf .venv output build *.egg-info

@@ -1,11 +1,19 @@
 """Small models and inputs that many tests build."""
 
+import os
+import socket
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.structures import Boxes, Instances
 
 import dset_d2
+from dset_d2.modeling.sparse import MemoryPruningConfig, MoEConfig, PruningConfig
 
 
 def tiny_config(path: str = "configs/rtdetr/rtdetrv2_r18_coco.py"):
@@ -23,6 +31,20 @@ def tiny_model(path: str = "configs/rtdetr/rtdetrv2_r18_coco.py", **decoder) -> 
     torch.manual_seed(0)
     cfg = tiny_config(path)
     cfg.model.decoder.update(decoder)
+    return randomise(instantiate(cfg.model)).eval()
+
+
+def sparse_model(moe: bool = True, memory: float = 0.5, decoder=(), **pruning) -> torch.nn.Module:
+    """As :func:`tiny_model`, with all sparse mechanisms."""
+    torch.manual_seed(0)
+    cfg = tiny_config()
+    settings = {"keep_ratio": 0.5, "min_tokens": 2} | pruning
+    cfg.model.encoder.pruning = L(PruningConfig)(**settings)
+    cfg.model.decoder.memory_pruning = L(MemoryPruningConfig)(keep_ratio=memory)
+    cfg.model.decoder.update(decoder)
+    if moe:
+        cfg.model.encoder.moe = L(MoEConfig)(num_experts=4, top_k=2)
+        cfg.model.decoder.moe = L(MoEConfig)(num_experts=4, top_k=2)
     return randomise(instantiate(cfg.model)).eval()
 
 
@@ -87,6 +109,22 @@ def make_targets(batch, count, num_classes=5, seed=0) -> list[dict[str, torch.Te
         labels = torch.randint(num_classes, (count,), generator=generator)
         targets.append({"labels": labels, "boxes": torch.cat([centre, size], 1)})
     return targets
+
+
+def in_two_processes(worker: Callable, *args) -> None:
+    """Run ``worker(rank, *args)`` in two processes of one gloo group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_join, (port, worker, args), nprocs=2)
+
+
+def _join(rank: int, port: int, worker: Callable, args: tuple) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    worker(rank, *args)
+    dist.destroy_process_group()
 
 
 @pytest.fixture

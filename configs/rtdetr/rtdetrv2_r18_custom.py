@@ -3,8 +3,9 @@
 from detectron2.config import LazyCall as L
 
 from dset_d2.data.coco import coco_dataset
+from dset_d2.engine.optimizer import flat_cosine
 
-from .rtdetrv2_r18_coco import dataloader, lr_multiplier, model, optimizer, train
+from .rtdetrv2_r18_coco import dataloader, model, optimizer, train
 
 dataloader.train.dataset = L(coco_dataset)(name="custom_train", json_file="", image_root="")
 dataloader.test.dataset = L(coco_dataset)(name="custom_val", json_file="", image_root="")
@@ -13,5 +14,5 @@ train.output_dir = "./output/rtdetrv2_r18_custom"
 train.update(max_iter=10000, eval_period=1000)
 train.checkpointer.period = 1000
 dataloader.strong_augmentation_end = 9000
-lr_multiplier.warmup_iters = 500
+lr_multiplier = L(flat_cosine)(max_iter="${train.max_iter}", warmup_iters=500, flat=0.5, floor=0.01)
 train.ema.update(decay=0.999, warmup=500)

@@ -98,16 +98,20 @@ def build_adamw(
     return optimizer
 
 
-def warmup_constant(max_iter: int, warmup_iters: int) -> ParamScheduler:
-    """Linear warm-up over ``warmup_iters`` of ``max_iter`` steps, then a constant rate."""
+def warmed_up(schedule: ParamScheduler, max_iter: int, warmup_iters: int) -> ParamScheduler:
+    """Linear warm-up over the first ``warmup_iters`` of ``max_iter`` steps, then ``schedule``."""
     if warmup_iters < 1:
         raise ValueError(f"warmup_iters={warmup_iters} must be at least 1")
     start = 1 / warmup_iters
     if warmup_iters >= max_iter:  # the run ends within the warm-up
         return LinearParamScheduler(start, max_iter / warmup_iters)
+    return WarmupParamScheduler(schedule, start, warmup_iters / max_iter, "linear")
+
+
+def warmup_constant(max_iter: int, warmup_iters: int) -> ParamScheduler:
+    """Linear warm-up over ``warmup_iters`` of ``max_iter`` steps, then a constant rate."""
     # fvcore's constant schedule refuses the very end, where Detectron2 asks after the last step.
-    constant = LinearParamScheduler(1.0, 1.0)
-    return WarmupParamScheduler(constant, start, warmup_iters / max_iter, "linear")
+    return warmed_up(LinearParamScheduler(1.0, 1.0), max_iter, warmup_iters)
 
 
 class FlatCosine(ParamScheduler):
@@ -139,7 +143,4 @@ def flat_cosine(
         floor: the last rate relative to the first.
         final: share of the run at its end with the last rate: its epochs without augmentation.
     """
-    schedule = FlatCosine(flat, floor, final)
-    if warmup_iters < 1 or warmup_iters >= max_iter:
-        return warmup_constant(max_iter, warmup_iters)
-    return WarmupParamScheduler(schedule, 1 / warmup_iters, warmup_iters / max_iter, "linear")
+    return warmed_up(FlatCosine(flat, floor, final), max_iter, warmup_iters)

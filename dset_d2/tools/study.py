@@ -4,8 +4,9 @@
         --variant "dense: model.encoder.moe=null ..." --variant "DSET:" --seeds 0 1 \\
         --output output/study
 
-A variant is a name, a colon and the overrides that make it. The first one is what latencies are
-relative to. Writes table.txt, results.json and curves.png; runs that are finished are not repeated.
+A variant is a name, a colon and the overrides that make it; a first word that ends in .py is its
+config instead of --config-file. The first variant is what GMACs and latencies are relative to.
+Writes table.txt, results.json and curves.png; runs that are finished are not repeated.
 """
 
 import argparse
@@ -13,7 +14,9 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,12 +36,22 @@ from ..modeling.sparse.pruning import foreground
 from . import plot_curves
 
 
-def parse_variant(text: str) -> tuple[str, list[str]]:
-    """``name: key=value ...`` -> name and overrides."""
-    name, colon, overrides = text.partition(":")
+class Variant(NamedTuple):
+    """One of the models that are compared."""
+
+    name: str
+    config_file: str | None  # None: that of --config-file
+    overrides: list[str]
+
+
+def parse_variant(text: str) -> Variant:
+    """``name: [config.py] key=value ...``"""
+    name, colon, rest = text.partition(":")
     if not colon or not name.strip():
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form 'name: overrides'")
-    return name.strip(), overrides.split()
+    words = rest.split()
+    config_file = words.pop(0) if words and words[0].endswith(".py") else None
+    return Variant(name.strip(), config_file, words)
 
 
 def train(config_file: str, overrides: list[str], folder: Path) -> None:
@@ -57,8 +70,8 @@ def train(config_file: str, overrides: list[str], folder: Path) -> None:
 def last_metrics(folder: Path) -> dict[str, float]:
     """The last value of every metric of a run."""
     latest = {}
-    for line in (folder / "metrics.json").read_text().splitlines():
-        latest |= json.loads(line)
+    for row in plot_curves.read_metrics(folder / "metrics.json"):
+        latest |= row
     return latest
 
 
@@ -66,6 +79,11 @@ def trained(cfg: DictConfig, folder: Path) -> nn.Module:
     model = instantiate(cfg.model).eval()
     load_upstream(model, folder / "model_final.pth")
     return model
+
+
+def untrained(cfg: DictConfig, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return instantiate(cfg.model).eval()
 
 
 @torch.no_grad()
@@ -111,20 +129,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--opts", nargs="*", default=[], help="overrides of all variants")
     args = parser.parse_args(argv)
 
-    runs = [(name, o, seed) for seed in args.seeds for name, o in args.variant]
-    for name, overrides, seed in tqdm(runs, desc="training", unit="run"):
-        settings = [*overrides, *args.opts, f"train.seed={seed}"]
-        train(args.config_file, settings, args.output / f"{name}_{seed}")
+    variants = [v._replace(config_file=v.config_file or args.config_file) for v in args.variant]
+    runs = [(variant, seed) for seed in args.seeds for variant in variants]
+    for variant, seed in tqdm(runs, desc="training", unit="run"):
+        settings = [*variant.overrides, *args.opts, f"train.seed={seed}"]
+        train(variant.config_file, settings, args.output / f"{variant.name}_{seed}")
 
-    models, rows = {}, []
-    for name, overrides in args.variant:
-        cfg = apply_overrides(load_config(args.config_file), [*overrides, *args.opts])
+    calls, rows = {}, []
+    for name, config_file, overrides in variants:
+        cfg = apply_overrides(load_config(config_file), [*overrides, *args.opts])
         folders = [args.output / f"{name}_{seed}" for seed in args.seeds]
-        models[name] = model = trained(cfg, folders[0])
+        model = trained(cfg, folders[0])
         mapper = instantiate(cfg.dataloader.test.mapper)
         inputs = [[mapper(r)] for r in instantiate(cfg.dataloader.test.dataset)[:8]]
+        calls[name] = partial(model, inputs[0])
         metrics = [last_metrics(folder) for folder in folders]
-        untrained = foreground_recall(instantiate(cfg.model).eval(), cfg)
         rows.append(
             {
                 "variant": name,
@@ -134,11 +153,12 @@ def main(argv: list[str] | None = None) -> None:
                 "parameters_M": sum(p.numel() for p in model.parameters()) / 1e6,
                 "training_s_per_step": [m.get("time", math.nan) for m in metrics],
                 "foreground_recall": [foreground_recall(trained(cfg, f), cfg) for f in folders],
-                "foreground_recall_untrained": untrained,
+                "foreground_recall_untrained": [
+                    foreground_recall(untrained(cfg, seed), cfg) for seed in args.seeds
+                ],
             }
         )
     with torch.no_grad():
-        calls = {name: lambda m=model, x=inputs[0]: m(x) for name, model in models.items()}
         latencies = measure(calls, args.latency_rounds, warmup=5)
     for row in rows:
         row["latency_ratio"] = latencies[row["variant"]].ratio
@@ -155,6 +175,7 @@ def report(rows: list[dict], args: argparse.Namespace) -> None:
                 " ".join(f"{x:.1f}" for x in row["AP"]),
                 " ".join(f"{x:.1f}" for x in row["AP50"]),
                 f"{row['GMACs']:.3f}",
+                f"{row['GMACs'] / rows[0]['GMACs']:.3f}",
                 f"{row['parameters_M']:.2f}",
                 f"{row['latency_ratio']:.3f}",
                 f"{np.mean(row['training_s_per_step']):.2f}",
@@ -162,13 +183,13 @@ def report(rows: list[dict], args: argparse.Namespace) -> None:
             )
             for row in rows
         ],
-        headers=("variant", "AP per seed", "AP50 per seed", "GMACs", "M parameters",
+        headers=("variant", "AP per seed", "AP50 per seed", "GMACs", "ratio", "M parameters",
                  "latency ratio", "training s/step", "foreground kept | chance | untrained"),
     )  # fmt: skip
     write_atomically(args.output / "table.txt", lambda f: f.write(f"{table}\n".encode()))
     content = json.dumps(rows, indent=1).encode()
     write_atomically(args.output / "results.json", lambda f: f.write(content))
-    folders = [f"{n}={args.output}/{n}_{seed}" for n, _ in args.variant for seed in args.seeds]
+    folders = [f"{n}={args.output}/{n}_{seed}" for n, *_ in args.variant for seed in args.seeds]
     curves = ["--output", str(args.output / "curves.png")]
     curves += ["--metrics", "total_loss", "bbox/AP", "bbox/AP50"]
     plot_curves.main(["--runs", *folders, *curves])
@@ -176,11 +197,12 @@ def report(rows: list[dict], args: argparse.Namespace) -> None:
 
 
 def recall_text(row: dict) -> str:
-    if row["foreground_recall_untrained"] is None:
+    """Means over the seeds; blank without a pruner."""
+    if row["foreground_recall"][0] is None:
         return ""
-    kept = np.mean([recall for recall, _ in row["foreground_recall"]])
-    untrained, chance = row["foreground_recall_untrained"]
-    return f"{kept:.3f} | {chance:.3f} | {untrained:.3f}"
+    kept, chance = np.mean(row["foreground_recall"], axis=0)
+    before, _ = np.mean(row["foreground_recall_untrained"], axis=0)
+    return f"{kept:.3f} | {chance:.3f} | {before:.3f}"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from dset_d2.data.roadside import write_dataset
 from dset_d2.engine.optimizer import flat_cosine
 
 ROOT = Path(__file__).parents[2]
-CONFIG = "configs/rtdetr/rtdetrv2_r18_roadside.py"
+DENSE = "configs/rtdetr/rtdetrv2_r18_roadside.py"
+SPARSE = "projects/dset/configs/dset_r18_roadside.py"
 TINY = [
     "model.encoder.hidden_dim=32",
     "model.encoder.dim_feedforward=64",
@@ -42,10 +43,10 @@ def datasets(tmp_path_factory) -> Path:
     return root
 
 
-def command(launcher, output: Path, *options: str) -> list[str]:
+def command(launcher, output: Path, *options: str, config: str = DENSE) -> list[str]:
     flags = [option for option in options if option.startswith("--")]
     overrides = [option for option in options if not option.startswith("--")]
-    python = [sys.executable, "-W", "ignore", *launcher, "--config-file", CONFIG]
+    python = [sys.executable, "-W", "ignore", *launcher, "--config-file", config]
     return [*python, *flags, *TINY, f"train.output_dir={output}", *overrides]
 
 
@@ -53,9 +54,11 @@ def environment(datasets: Path) -> dict[str, str]:
     return os.environ | {"DETECTRON2_DATASETS": str(datasets), "OMP_NUM_THREADS": "2"}
 
 
-def run(datasets: Path, launcher, output: Path, *options: str) -> subprocess.CompletedProcess:
+def run(
+    datasets: Path, launcher, output: Path, *options: str, config: str = DENSE
+) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command(launcher, output, *options),
+        command(launcher, output, *options, config=config),
         env=environment(datasets),
         cwd=ROOT,
         capture_output=True,
@@ -92,10 +95,12 @@ def optimizer_steps(state: dict) -> set[int]:
 
 
 def test_killed_run_resumes_exactly(datasets, tmp_path):
-    """SIGKILL in the middle; the rest equals a run that was never killed, but for the data."""
+    """SIGKILL in the middle of a sparse model's training; the rest equals a run that was never
+    killed, but for the data."""
     options = ["train.max_iter=12", "train.eval_period=100", "train.checkpointer.period=3"]
+    options += ["model.encoder.pruning.min_tokens=2", "model.encoder.pruning.end_step=10"]
     process = subprocess.Popen(
-        command(OURS, tmp_path, *options),
+        command(OURS, tmp_path, *options, config=SPARSE),
         env=environment(datasets),
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
@@ -114,7 +119,7 @@ def test_killed_run_resumes_exactly(datasets, tmp_path):
     assert int(saved["model"]["clock.steps"]) == saved["ema"]["updates"] == step
     assert optimizer_steps(saved) == {step}
 
-    result = run(datasets, OURS, tmp_path, "--resume", *options)
+    result = run(datasets, OURS, tmp_path, "--resume", *options, config=SPARSE)
     assert result.returncode == 0, result.stderr[-2000:]
     assert f"Starting training from iteration {step}" in result.stdout
     logged = losses(tmp_path)

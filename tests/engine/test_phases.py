@@ -4,14 +4,10 @@ Detectron2's own trainer runs all of it; the only hook that training takes is it
 """
 
 import copy
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from detectron2.engine import HookBase, SimpleTrainer, hooks
 from detectron2.engine.defaults import create_ddp_model
 
@@ -20,7 +16,7 @@ from dset_d2.engine.hooks import EMAHook
 from dset_d2.engine.optimizer import build_adamw, flat_cosine, parameter_groups
 from dset_d2.modeling import LoRAConfig
 
-from ..conftest import make_inputs, tiny_dinov3
+from ..conftest import in_two_processes, make_inputs, tiny_dinov3
 
 VIT = "backbone.dinov3."
 STEPS, UNFREEZE = 5, 2
@@ -225,10 +221,7 @@ def test_lora_is_trained_while_the_rest_is_held():
     assert moved(before, snapshot(model)) == updates | trained_later(model)
 
 
-def worker(rank: int, folder: str, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def worker(rank: int, folder: str) -> None:
     for name, options in DISTRIBUTED.items():
         model = tiny_dinov3(**PHASES, **options)
         parallel = create_ddp_model(
@@ -239,7 +232,6 @@ def worker(rank: int, folder: str, port: int) -> None:
         trainer.register_hooks([Watch(lambda s=snapshots, m=model: s.append(snapshot(m)))])
         trainer.train(0, UNFREEZE + 2)
         torch.save(snapshots, f"{folder}/{name}{rank}.pt")
-    dist.destroy_process_group()
 
 
 DISTRIBUTED = {
@@ -252,10 +244,7 @@ DISTRIBUTED = {
 @pytest.fixture(scope="module")
 def distributed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("phases")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (str(folder), port), nprocs=2)
+    in_two_processes(worker, str(folder))
     return folder
 
 

@@ -6,13 +6,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 
 from ..layers import check_choice
-from .presnet import freeze
-
-STAGES = ("stage1", "stage2", "stage3", "stage4")
+from .staged import StagedBackbone
 
 
 class StageConfig(NamedTuple):
@@ -194,7 +192,7 @@ class HGStage(nn.Module):
 
 
 @BACKBONE_REGISTRY.register()
-class HGNetv2(Backbone):
+class HGNetv2(StagedBackbone):
     """PP-HGNetV2.
 
     Args:
@@ -204,6 +202,8 @@ class HGNetv2(Backbone):
         freeze_norm: replace every batch norm by its frozen form.
         out_features: names among ``stage1`` ... ``stage4`` (strides 4 ... 32).
     """
+
+    stage_names = ("stage1", "stage2", "stage3", "stage4")
 
     @configurable
     def __init__(
@@ -217,12 +217,8 @@ class HGNetv2(Backbone):
     ) -> None:
         super().__init__()
         check_choice("name", name, ARCHITECTURES)
-        for feature in out_features:
-            check_choice("out_features", feature, STAGES)
-        self._out_features = list(out_features)
         stem, stages = ARCHITECTURES[name]
-        self._out_feature_channels = dict(zip(STAGES, (s.out_channels for s in stages)))
-        self._out_feature_strides = dict(zip(STAGES, (4, 8, 16, 32)))
+        self.set_features(out_features, [stage.out_channels for stage in stages])
         self.stem = Stem(*stem, use_lab)
         self.stages = nn.ModuleList(
             HGStage(config, index > 0, use_lab) for index, config in enumerate(stages)
@@ -230,7 +226,7 @@ class HGNetv2(Backbone):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
-        freeze(self, [self.stem, *self.stages], freeze_at, freeze_norm)
+        self.freeze([self.stem, *self.stages], freeze_at, freeze_norm)
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> dict:
@@ -243,16 +239,6 @@ class HGNetv2(Backbone):
             "out_features": tuple(node.OUT_FEATURES),
         }
 
-    @property
-    def size_divisibility(self) -> int:
-        return 32
-
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> {"stage2": (B, C, H / 8, W / 8), ...} for the chosen features."""
-        x = self.stem(x)
-        outputs = {}
-        for name, stage in zip(STAGES, self.stages):
-            x = stage(x)
-            if name in self._out_features:
-                outputs[name] = x
-        return outputs
+        return self.run_stages(self.stem(x), self.stages)

@@ -4,14 +4,13 @@ from collections import OrderedDict
 
 import torch.nn.functional as F
 from detectron2.config import configurable
-from detectron2.layers import FrozenBatchNorm2d
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 
 from ..layers import ConvNorm, check_choice
+from .staged import StagedBackbone
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
-STAGES = ("res2", "res3", "res4", "res5")
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
@@ -70,7 +69,7 @@ class Stage(nn.Module):
 
 
 @BACKBONE_REGISTRY.register()
-class PResNet(Backbone):
+class PResNet(StagedBackbone):
     """ResNet-vd with a deep stem.
 
     Args:
@@ -79,6 +78,8 @@ class PResNet(Backbone):
         freeze_norm: replace every batch norm by its frozen form.
         out_features: names among ``res2`` ... ``res5`` (strides 4 ... 32).
     """
+
+    stage_names = ("res2", "res3", "res4", "res5")
 
     @configurable
     def __init__(
@@ -91,9 +92,6 @@ class PResNet(Backbone):
     ) -> None:
         super().__init__()
         check_choice("depth", depth, BLOCKS)
-        for name in out_features:
-            check_choice("out_features", name, STAGES)
-        self._out_features = list(out_features)
         stem = {
             "conv1_1": ConvNorm(3, 32, 3, 2, act="relu"),
             "conv1_2": ConvNorm(32, 32, 3, act="relu"),
@@ -102,16 +100,13 @@ class PResNet(Backbone):
         self.conv1 = nn.Sequential(OrderedDict(stem))
         block = Bottleneck if depth >= 50 else BasicBlock
         self.res_layers = nn.ModuleList()
+        widths = [64, 128, 256, 512]
         channels = 64
-        self._out_feature_channels = {}
-        self._out_feature_strides = {}
-        for index, (name, count) in enumerate(zip(STAGES, BLOCKS[depth])):
-            width = 64 * 2**index
+        for index, (width, count) in enumerate(zip(widths, BLOCKS[depth])):
             self.res_layers.append(Stage(block, channels, width, count, 1 if index == 0 else 2))
             channels = width * block.expansion
-            self._out_feature_channels[name] = channels
-            self._out_feature_strides[name] = 4 * 2**index
-        freeze(self, [self.conv1, *self.res_layers], freeze_at, freeze_norm)
+        self.set_features(out_features, [width * block.expansion for width in widths])
+        self.freeze([self.conv1, *self.res_layers], freeze_at, freeze_norm)
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> dict:
@@ -123,24 +118,7 @@ class PResNet(Backbone):
             "out_features": tuple(node.OUT_FEATURES),
         }
 
-    @property
-    def size_divisibility(self) -> int:
-        return 32
-
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> {"res3": (B, C, H / 8, W / 8), ...} for the chosen features."""
         x = F.max_pool2d(self.conv1(x), 3, stride=2, padding=1)
-        outputs = {}
-        for name, stage in zip(STAGES, self.res_layers):
-            x = stage(x)
-            if name in self._out_features:
-                outputs[name] = x
-        return outputs
-
-
-def freeze(backbone: Backbone, parts: list[nn.Module], freeze_at: int, freeze_norm: bool) -> None:
-    """Stop training of the first ``freeze_at + 1`` parts, and of all norms if asked for."""
-    for part in parts[: freeze_at + 1]:
-        part.requires_grad_(False)
-    if freeze_norm:
-        FrozenBatchNorm2d.convert_frozen_batchnorm(backbone)
+        return self.run_stages(x, self.res_layers)

@@ -1,11 +1,7 @@
 import copy
-import os
-import socket
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
@@ -24,6 +20,8 @@ from dset_d2.modeling.sparse.moe import (
     routing_statistics,
     z_loss,
 )
+
+from ...conftest import in_two_processes
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
@@ -272,9 +270,7 @@ def test_config_overrides_and_survives_yaml(tmp_path):
     assert moe == MoEConfig(num_experts=6, top_k=1)
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def worker(rank: int, folder: str) -> None:
     moe = DistributedDataParallel(make())
     for _ in range(2):
         # Each process leaves some experts unused; the next step would hang or fail.
@@ -284,14 +280,10 @@ def worker(rank: int, port: int, folder: str) -> None:
         loss.backward()
     value = balance_loss(*moe.module.record).item()
     torch.save((value, moe.module.router.weight.grad), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_two_processes_share_the_balance(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (port, str(tmp_path)), nprocs=2)
+    in_two_processes(worker, str(tmp_path))
     (first, grad), (second, same) = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
     assert torch.equal(grad, same)
     # Mean over the processes of E * sum f P, with f of both, is the joined batch's.

@@ -2,8 +2,6 @@ import math
 
 import pytest
 import torch
-from detectron2.config import LazyCall as L
-from detectron2.config import instantiate
 from detectron2.utils.events import EventStorage
 
 from dset_d2.analysis import count_flops
@@ -14,7 +12,6 @@ from dset_d2.modeling.encoder.hybrid_encoder import (
 )
 from dset_d2.modeling.sparse import (
     MemoryPruningConfig,
-    MoEConfig,
     PruningConfig,
     TokenPruner,
     clear_records,
@@ -24,7 +21,7 @@ from dset_d2.modeling.sparse import (
 from dset_d2.modeling.sparse.pruning import best_tokens, foreground, keep_count
 from dset_d2.modeling.sparse.schedule import ramp
 
-from ...conftest import make_inputs, make_targets, randomise, tiny_config, tiny_model
+from ...conftest import make_inputs, make_targets, sparse_model, tiny_model
 
 SHAPE = (6, 8)
 
@@ -40,18 +37,6 @@ def inputs(dim=16) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(1)
     position = position_embedding(*SHAPE, dim, 10000.0, torch.device("cpu"))
     return torch.randn(2, 48, dim), position
-
-
-def sparse_model(moe=True, memory=0.5, **pruning) -> torch.nn.Module:
-    torch.manual_seed(0)
-    cfg = tiny_config()
-    settings = {"keep_ratio": 0.5, "min_tokens": 2} | pruning
-    cfg.model.encoder.pruning = L(PruningConfig)(**settings)
-    cfg.model.decoder.memory_pruning = L(MemoryPruningConfig)(keep_ratio=memory)
-    if moe:
-        cfg.model.encoder.moe = L(MoEConfig)(num_experts=4, top_k=2)
-        cfg.model.decoder.moe = L(MoEConfig)(num_experts=4, top_k=2)
-    return randomise(instantiate(cfg.model)).eval()
 
 
 @pytest.mark.parametrize("training", [True, False])
