@@ -6,9 +6,11 @@ BIN := .venv/bin
 DEMO := output/demo
 DEMO_CONFIG := projects/dset/configs/dset_r18_roadside.py
 
+READY := .venv/ready-$(DETECTRON2)
+
 .PHONY: demo test lint bench clean
 
-demo: .venv/ready
+demo: $(READY)
 	$(BIN)/python -m dset_d2.tools.make_roadside --output $(DEMO)/datasets --train 480
 	DETECTRON2_DATASETS=$(DEMO)/datasets $(BIN)/python -m dset_d2.tools.lazyconfig_train_net \
 		--config-file $(DEMO_CONFIG) --resume train.output_dir=$(DEMO)
@@ -17,15 +19,15 @@ demo: .venv/ready
 		--checkpoint $(DEMO)/model_best.pth --output $(DEMO)/detections --num-images 12
 	@echo "pictures: $(DEMO)/detections  metrics: $(DEMO)/metrics.json  weights: $(DEMO)/model_best.pth"
 
-test: .venv/ready
+test: $(READY)
 	$(BIN)/python -m pytest
 
-lint: .venv/ready
+lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
 # Small-scale evidence: DSET and its ablations with equal budget and two seeds, side by side.
-bench: .venv/ready
+bench: $(READY)
 	$(BIN)/python -m dset_d2.tools.make_roadside --output $(DEMO)/datasets --train 480
 	DETECTRON2_DATASETS=$(DEMO)/datasets $(BIN)/python -m dset_d2.tools.study \
 		--config-file $(DEMO_CONFIG) --output output/study --seeds 0 1 \
@@ -35,12 +37,13 @@ bench: .venv/ready
 		--variant "pruning: model.encoder.moe=null model.decoder.moe=null" \
 		--variant "DSET:" \
 		--variant "DSET-zero: model.encoder.pruning.restore=zero" \
-		--opts train.max_iter=480 train.eval_period=120
+		--opts train.max_iter=360 train.eval_period=120
 
 clean:
 	rm -rf .venv output build *.egg-info
 
-.venv/ready: requirements.txt setup.py third_party/detectron2/install.py
+$(READY): requirements.txt setup.py third_party/detectron2/install.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON must be 3.11 or newer")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
 ifeq ($(DETECTRON2),git)

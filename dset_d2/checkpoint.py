@@ -13,10 +13,14 @@ from .modeling.lora import is_lora
 
 logger = logging.getLogger(__name__)
 
-# Upstream's entries that follow from sizes and settings; here they are computed.
+# Upstream's entries that follow from sizes and settings, or repeat others; here they are computed.
 COMPUTED = re.compile(
-    r"(^|\.)(anchors|valid_mask|num_points_scale|pos_embed\d*|up|reg_scale|project)$"
+    r"(^|\.)(anchors|valid_mask|num_points_scale|pos_embed\d*|project)$"
+    r"|^decoder\.decoder\.(up|reg_scale)$"
 )
+# What a checkpoint may lack, or hold for nothing: counters, of which frozen norms have none
+# upstream, and D-FINE's bins, which other implementations take from their settings.
+OPTIONAL = re.compile(r"\.num_batches_tracked$|^decoder\.distribution\.(up|reg_scale)$")
 
 # Older or other upstream names of the same parameters.
 RENAMES = (
@@ -25,6 +29,7 @@ RENAMES = (
     (re.compile(r"^((?:encoder|decoder)\.input_proj\.\d+)\.1\."), r"\1.norm."),
     (re.compile(r"^decoder\.enc_output\.0\."), "decoder.enc_output.proj."),
     (re.compile(r"^decoder\.enc_output\.1\."), "decoder.enc_output.norm."),
+    (re.compile(r"^decoder\.(up|reg_scale)$"), r"decoder.distribution.\1"),
     # RT-DETR's HGNetv2 has its padding inside, and other names than D-FINE's.
     (re.compile(r"(\.stem2[ab]\.conv)\.1\."), r"\1."),
     (re.compile(r"\.aggregation_squeeze_conv\."), ".aggregation.0."),
@@ -87,17 +92,18 @@ def rename(key: str) -> str:
     return key
 
 
-def load_upstream(model: nn.Module, source: str | Path | dict) -> None:
+def load_upstream(model: nn.Module, source: str | Path | dict, new_classes: bool = True) -> None:
     """Load released RT-DETR, RT-DETRv2 or D-FINE weights, or those of a run of ours, in place.
 
     A state dict whose keys all belong to the backbone (an ImageNet model) goes there alone, and
-    so do a DINOv3's (:func:`load_dinov3`).
-    Class heads of another number of classes keep their fresh initialisation, and FFNs of another
-    width take the checkpoint's, both with a warning.
+    so do a DINOv3's (:func:`load_dinov3`). Class heads of another number of classes keep their
+    fresh initialisation, and a D-FINE decoder's FFNs of another width take the checkpoint's, both
+    with a warning. A run's count of training steps comes with its weights.
 
     Args:
         model: a :class:`DETRDetector`.
         source: path of a checkpoint, or a state dict (also one wrapped as upstream does).
+        new_classes: whether the model may have another number of classes.
 
     Raises:
         ValueError: on a key or shape that has no place in the model, or on a parameter of the
@@ -112,27 +118,28 @@ def load_upstream(model: nn.Module, source: str | Path | dict) -> None:
         return
     state = {rename(key): value for key, value in state.items() if not COMPUTED.search(key)}
 
+    for key in [k for k in state if k.endswith((".up", ".reg_scale")) and not (state[k] > 0).all()]:
+        logger.warning("%s: %s must be positive; the config's stays", name, key)
+        del state[key]
+
     module = model
-    if hasattr(model, "backbone") and state.keys() <= model.backbone.state_dict().keys():
+    if hasattr(model, "backbone") and required(state) <= model.backbone.state_dict().keys():
         module = model.backbone
-    wanted = {
-        key: value
-        for key, value in module.state_dict().items()
-        if not key.startswith("clock.") and not COMPUTED.search(key)
-    }
-    unknown = sorted(state.keys() - wanted.keys() - {"clock.steps"})
-    missing = sorted(wanted.keys() - state.keys())
+    known = module.state_dict()
+    unknown = sorted(required(state) - known.keys())
+    missing = sorted(required(known) - state.keys() - {"clock.steps"})
     if unknown or missing:
         raise ValueError(
             f"{name} does not fit the model: "
             f"{len(unknown)} keys without a place {unknown[:5]}, "
             f"{len(missing)} parameters without a key {missing[:5]}"
         )
+    wanted = {key: value for key, value in known.items() if key in state}
     resized = [k for k in wanted if state[k].shape != wanted[k].shape]
-    widths = ffn_widths(wanted, state)
+    widths = ffn_widths(wanted, state) if "decoder.distribution.up" in known else {}
     refitted = {f"{ffn}.{name}" for ffn in widths for name in FFN_SHAPES}
     resized = [k for k in resized if k not in refitted]
-    wrong = [k for k in resized if not CLASS_HEADS.match(k)]
+    wrong = [k for k in resized if not (new_classes and CLASS_HEADS.match(k))]
     if wrong:
         shapes = f"{tuple(state[wrong[0]].shape)}, the model's {tuple(wanted[wrong[0]].shape)}"
         raise ValueError(f"{name} does not fit the model: {wrong[0]} has shape {shapes}")
@@ -142,6 +149,10 @@ def load_upstream(model: nn.Module, source: str | Path | dict) -> None:
         resize_ffn(module.get_submodule(ffn), width)
         logger.warning("%s: %s has %d hidden units; the model's follows", name, ffn, width)
     module.load_state_dict({k: state[k] for k in wanted if k not in resized}, strict=False)
+
+
+def required(state: dict[str, Tensor]) -> set[str]:
+    return {key for key in state if not OPTIONAL.search(key)}
 
 
 def ffn_widths(wanted: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, int]:

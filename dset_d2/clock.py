@@ -48,6 +48,11 @@ class TrainingClock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        # Workers of a resumed run prepare batches before its first step.
+        self.register_load_state_dict_post_hook(TrainingClock.share)
+
+    def share(self, *_) -> None:
+        shared_step.value = int(self.steps)
 
     def _apply(self, fn, recurse: bool = True) -> "TrainingClock":
         return self

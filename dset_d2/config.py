@@ -41,7 +41,7 @@ def apply_overrides(cfg: DictConfig, overrides: list[str]) -> DictConfig:
             continue
         close = difflib.get_close_matches(key, known, n=3)
         hint = f"; close to it: {', '.join(close)}" if close else ""
-        raise KeyError(f"the config has no key {key!r}{hint}")
+        raise KeyError(f"the config has no key {key!r}{hint}; +{override} adds it")
     return LazyConfig.apply_overrides(cfg, overrides)
 
 

@@ -5,8 +5,9 @@ from contextlib import AbstractContextManager
 from functools import partial
 
 import cv2
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from .modeling.sparse import MoE, TokenPruner
 from .modeling.sparse.collect import short_name
 from .modeling.sparse.moe import Routing, routing_statistics
 
-PALETTE = (np.array(plt.get_cmap("tab10").colors) * 255).astype(np.uint8)  # one per expert
+PALETTE = (np.array(matplotlib.colormaps["tab10"].colors) * 255).astype(np.uint8)  # one per expert
 
 
 class SparsityProbe(AbstractContextManager):
@@ -107,8 +108,10 @@ def sparsity_pictures(image: np.ndarray, probe: SparsityProbe) -> dict[str, np.n
     for name, routing in probe.routings.items():
         if encoder := probe.encoder_of(name):
             shape = probe.shapes[encoder]
-            tokens = probe.kept.get(encoder, np.arange(shape[0] * shape[1]))
             experts = routing.experts[:, 0].cpu().numpy()
+            tokens = np.arange(shape[0] * shape[1])
+            if len(experts) < len(tokens):  # pruned in front of the layer
+                tokens = probe.kept[encoder]
             pictures[f"expert_{name}"] = draw_experts(image, shape, tokens, experts)
     return pictures
 
@@ -121,7 +124,8 @@ def plot_routing(statistics: dict[str, dict[str, Tensor]]) -> Figure:
     """
     columns = len(statistics)
     size = (2.6 * columns + 0.6, 5.2)
-    figure, axes = plt.subplots(2, columns, figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(2, columns, squeeze=False)
     for (name, values), (top, bottom) in zip(statistics.items(), axes.T):
         usage = values["usage"].cpu().numpy()
         experts = np.arange(len(usage))
@@ -133,6 +137,13 @@ def plot_routing(statistics: dict[str, dict[str, Tensor]]) -> Figure:
     axes[0, 0].set_ylabel("share of assignments")
     axes[1, 0].set_ylabel("used together")
     return figure
+
+
+def rendered(figure: Figure) -> np.ndarray:
+    """(H, W, 3) RGB uint8 of a figure."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def mean_statistics(routings: dict[str, list[Routing]]) -> dict[str, dict[str, Tensor]]:

@@ -69,6 +69,38 @@ def test_hgnetv2_names_of_rt_detr():
     assert_loaded(other, state)
 
 
+@pytest.mark.parametrize("path", ["rtdetr/rtdetrv2_r50_coco", "dfine/dfine_l_coco"])
+def test_frozen_norms_of_released_models_have_no_counters(path):
+    """Upstream's hold weight, bias and statistics alone, Detectron2's may hold more."""
+    model, other = (instantiate(tiny_config(f"configs/{path}.py").model) for _ in range(2))
+    counters = {k for k in weights(model.backbone) if k.endswith("num_batches_tracked")}
+    state = {k: v for k, v in weights(model).items() if k.removeprefix("backbone.") not in counters}
+    load_upstream(other, state)
+    for name, value in state.items():
+        assert torch.equal(other.state_dict()[name], value), name
+
+    alone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    load_upstream(instantiate(tiny_config(f"configs/{path}.py").model), alone)
+
+
+@pytest.mark.parametrize("prefix", ["decoder", "decoder.distribution"])
+def test_bins_are_those_of_the_checkpoint(prefix):
+    """Under upstream's names, which are there twice, and under ours."""
+    state = weights(tiny_model("configs/dfine/dfine_s_coco.py"))
+    for name in ("up", "reg_scale"):
+        del state[f"decoder.distribution.{name}"]
+    model = instantiate(tiny_config("configs/dfine/dfine_s_coco.py").model)
+    load_upstream(model, state)  # without any, the config's stay
+    before = model.decoder.distribution.bins.clone()
+    state |= {f"{prefix}.up": torch.tensor([0.5]), f"{prefix}.reg_scale": torch.tensor([8.0])}
+    if prefix == "decoder":
+        state |= {"decoder.decoder.up": torch.tensor([0.5])}
+        state |= {"decoder.decoder.reg_scale": torch.tensor([8.0])}
+    load_upstream(model, state)
+    assert float(model.decoder.distribution.reg_scale) == 8
+    assert not torch.equal(model.decoder.distribution.bins, before)
+
+
 def test_backbone_alone():
     state = weights(tiny_model().backbone)
     model = fresh()
@@ -97,6 +129,9 @@ def test_what_does_not_fit_is_named():
     del lost["encoder.lateral_convs.0.conv.weight"]
     with pytest.raises(ValueError, match="encoder.lateral_convs.0.conv.weight"):
         load_upstream(fresh(), lost)
+    narrow = weights(tiny_model(dim_feedforward=48))
+    with pytest.raises(ValueError, match=r"linear1.weight has shape \(48, 32\)"):
+        load_upstream(fresh(), narrow)
     state["decoder.query_pos_head.layers.0.weight"] = torch.zeros(3, 3)
     with pytest.raises(ValueError, match=r"query_pos_head.layers.0.weight has shape \(3, 3\)"):
         load_upstream(fresh(), state)

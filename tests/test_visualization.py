@@ -12,8 +12,7 @@ from dset_d2.visualization import (
     sparsity_pictures,
 )
 
-from .conftest import make_inputs
-from .modeling.sparse.test_pruning import sparse_model
+from .conftest import make_inputs, sparse_model
 
 WHITE = np.full((40, 60, 3), 200, np.uint8)
 
@@ -52,6 +51,17 @@ def test_probe_sees_what_the_model_did():
     first = probe.routings["encoder_0_0"].experts[:, 0].numpy()
     expected = 100 + PALETTE[first] // 2
     np.testing.assert_array_equal(shown[probe.kept["encoder_0"]], expected)
+
+
+def test_experts_are_drawn_on_all_tokens_if_pruning_follows_them():
+    model = sparse_model(keep_ratio=0.5, placement="after")
+    with SparsityProbe(model) as probe, torch.no_grad():
+        model(make_inputs([(128, 192)]))
+    assert len(probe.kept["encoder_0"]) == 12
+    pictures = sparsity_pictures(np.full((128, 192, 3), 200, np.uint8), probe)
+    shown = pictures["expert_encoder_0_0"][16::32, 16::32].reshape(-1, 3)
+    first = probe.routings["encoder_0_0"].experts[:, 0].numpy()
+    np.testing.assert_array_equal(shown, 100 + PALETTE[first] // 2)
 
 
 def test_load_and_coactivation_are_plotted():

@@ -11,7 +11,7 @@ dataloader.train.dataset = L(coco_dataset)(name="custom_train", json_file="", im
 dataloader.test.dataset = L(coco_dataset)(name="custom_val", json_file="", image_root="")
 dataloader.evaluator.dataset_name = "${..test.dataset.name}"
 train.output_dir = "./output/rtdetrv2_r18_custom"
-train.update(max_iter=10000, eval_period=1000)
+train.update(max_iter=10000, eval_period=1000, epoch_iters=0)
 train.checkpointer.period = 1000
 dataloader.strong_augmentation_end = 9000
 lr_multiplier = L(flat_cosine)(max_iter="${train.max_iter}", warmup_iters=500, flat=0.5, floor=0.01)

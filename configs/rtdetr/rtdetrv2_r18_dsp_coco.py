@@ -1,4 +1,8 @@
-"""RT-DETRv2-R18 with discrete sampling: 36 epochs that start from the trained R18."""
+"""RT-DETRv2-R18 with discrete sampling: 36 epochs that start from the trained R18.
+
+Detectron2's own launcher would go on with that run's averaging and count of steps; give it what
+dset_d2.tools.convert_checkpoint makes of the file.
+"""
 
 from ..common.coco_schedule import train_for
 from .rtdetrv2_r18_coco import dataloader, lr_multiplier, model, optimizer, train

@@ -193,12 +193,15 @@ def read_split(path: Path, keys: tuple[str, ...], split: str) -> set[str]:
     return {str(stem) for stem in content}
 
 
-def label_path(root: Path, record: dict, stem: str) -> Path:
-    """Where the camera labels are; the official code and its README name the key differently."""
+def label_paths(root: Path, record: dict, stem: str, where: str) -> list[Path]:
+    """Where the camera labels may be; the official code and its README name the key differently."""
+    paths = []
     for key in ("label_camera_std_path", "label_camera_path"):
+        if not isinstance(record.get(key) or "", str):
+            raise DataError(f"{where}: {key!r} is {record[key]!r}, not a path")
         if record.get(key):
-            return root / record[key]
-    return root / "label" / "camera" / f"{stem}.json"
+            paths.append(root / record[key])
+    return [*paths, root / "label" / "camera" / f"{stem}.json"]
 
 
 def image_roots(root: Path) -> list[Path]:
@@ -246,6 +249,7 @@ def load_dair_v2x(
     wanted = read_split(split_file, split_keys, split)
     roots = [Path(image_root)] if image_root else image_roots(root)
     counts = Counter()
+    absent = ""
     dataset = []
     info = root / "data_info.json"
     for index, record in enumerate(read_json(info, list)):
@@ -262,12 +266,14 @@ def load_dair_v2x(
         if image is None:
             counts["missing images"] += 1
             continue
-        labels = label_path(root, record, stem)
-        if not labels.is_file() and split != "test":
+        paths = label_paths(root, record, stem, where)
+        labels = next((path for path in paths if path.is_file()), None)
+        if labels is None and split != "test":
             counts["missing labels"] += 1
+            absent = absent or f"; there is no {paths[0]}"
             continue
         size = image_size(image)
-        annotations = read_label(labels, size, classes, counts) if labels.is_file() else []
+        annotations = read_label(labels, size, classes, counts) if labels else []
         dataset.append(
             {
                 "file_name": str(image),
@@ -283,7 +289,9 @@ def load_dair_v2x(
     log = logger.warning if unusual else logger.info
     log("%s %s: %d images; %s", root, split, len(dataset), summary or "nothing unusual")
     if not dataset:
-        raise DataError(f"{root}: nothing of split {split!r} of {split_file} is usable: {summary}")
+        raise DataError(
+            f"{root}: nothing of split {split!r} of {split_file} is usable: {summary}{absent}"
+        )
     return dataset
 
 

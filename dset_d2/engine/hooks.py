@@ -10,7 +10,13 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..data.mapper import read_image
-from ..visualization import SparsityProbe, sparsity_pictures
+from ..visualization import (
+    SparsityProbe,
+    mean_statistics,
+    plot_routing,
+    rendered,
+    sparsity_pictures,
+)
 from .ema import ModelEMA
 
 logger = logging.getLogger(__name__)
@@ -63,8 +69,11 @@ class SparsityPictures(HookBase):
         with SparsityProbe(self.model) as probe:
             self.model([self.mapper(self.record)])
         self.model.train()
-        image = read_image(self.record["file_name"])
-        for name, picture in sparsity_pictures(image, probe).items():
+        pictures = sparsity_pictures(read_image(self.record["file_name"]), probe)
+        if probe.routings:
+            statistics = mean_statistics({name: [x] for name, x in probe.routings.items()})
+            pictures["experts"] = rendered(plot_routing(statistics))
+        for name, picture in pictures.items():
             self.trainer.storage.put_image(name, picture.transpose(2, 0, 1))
 
 
@@ -82,8 +91,8 @@ class BestCheckpointer(hooks.BestCheckpointer):
 class EarlyStopping(HookBase):
     """Stops training when a metric has not improved for ``patience`` evaluations.
 
-    Must come after the hook that evaluates. Evaluations without the metric (NaN or absent) count
-    as no improvement.
+    Must come after the hook that evaluates. A metric that is NaN has not improved; one that is
+    absent, as if misspelt, stops nothing and is warned of.
     """
 
     def __init__(self, eval_period: int, metric: str, patience: int) -> None:
@@ -99,14 +108,16 @@ class EarlyStopping(HookBase):
         if self.eval_period <= 0 or (self.trainer.iter + 1) % self.eval_period:
             return
         value, iteration = self.trainer.storage.latest().get(self.metric, (math.nan, -1))
-        if iteration == self.trainer.iter and value > self.best:
+        if iteration != self.trainer.iter:
+            if comm.is_main_process():
+                logger.warning("No metric %r in the evaluation to stop early by", self.metric)
+        elif value > self.best:
             self.best = value
             self.evaluations_since = 0
         else:
             self.evaluations_since += 1
         # Only the main process knows the metric; all must stop together.
-        enough = comm.is_main_process() and self.evaluations_since >= self.patience
-        if any(comm.all_gather(enough)):
+        if any(comm.all_gather(comm.is_main_process() and self.enough)):
             logger.info(
                 "Stopping early: %s did not rise above %.4f in %d evaluations",
                 self.metric,
@@ -114,6 +125,10 @@ class EarlyStopping(HookBase):
                 self.patience,
             )
             self.trainer.stop_early()
+
+    @property
+    def enough(self) -> bool:
+        return self.evaluations_since >= self.patience
 
     def state_dict(self) -> dict:
         return {"best": self.best, "evaluations_since": self.evaluations_since}

@@ -13,7 +13,8 @@ from ..modeling.freezing import drop_held_gradients
 from ..modeling.lora import is_lora
 
 # Vectors and tokens that are decayed as little as biases and norms, by their last names.
-NO_DECAY = ("in_proj_bias", "q_bias", "v_bias", "gamma_1", "gamma_2", "cls_token", "reg_token")
+BIASES = ("in_proj_bias", "q_bias", "v_bias", "b1", "b2")
+NO_DECAY = (*BIASES, "gamma_1", "gamma_2", "cls_token", "reg_token")
 
 VIT = "backbone.dinov3."
 

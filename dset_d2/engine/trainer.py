@@ -37,7 +37,8 @@ class _EarlyEnd:
                     self.after_step()
                     if self.stopped:
                         break
-                self.iter += 1
+                else:
+                    self.iter += 1
             finally:
                 self.after_train()
 
@@ -75,7 +76,16 @@ def trainer_class(amp: bool, device: str) -> type[SimpleTrainer]:
     return MixedPrecisionTrainer if torch.device(device).type == "cuda" else BFloat16Trainer
 
 
-class AtomicCheckpointer(DetectionCheckpointer):
+class SafeCheckpointer(DetectionCheckpointer):
+    """Reads no pickles, which could run code; torch reads others as plain weights only."""
+
+    def _load_file(self, filename: str) -> dict:
+        if filename.endswith(".pkl"):
+            raise ValueError(f"{filename}: pickle files are not read, as they may run code")
+        return super()._load_file(filename)
+
+
+class AtomicCheckpointer(SafeCheckpointer):
     """Writes a checkpoint beside its place and moves it there when it is complete.
 
     A run that is killed while saving keeps its previous checkpoint.
@@ -105,3 +115,25 @@ class AtomicCheckpointer(DetectionCheckpointer):
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         path = os.path.join(self.save_dir, "last_checkpoint")
         write_atomically(path, lambda file: file.write(last_filename_basename.encode()))
+
+
+class InitialCheckpointer(SafeCheckpointer):
+    """Reads the weights that a new run starts from: a checkpoint's averaged ones, if it has any.
+
+    The count of training steps starts anew, and all schedules with it. What does not fit stays
+    fresh, with warnings; it is an error if nothing fits.
+    """
+
+    def _load_file(self, filename: str) -> dict:
+        checkpoint = super()._load_file(filename)
+        averaged = checkpoint.pop("ema", None)
+        if averaged:
+            checkpoint["model"] = averaged["module"]
+        if "clock.steps" in checkpoint["model"]:
+            checkpoint["model"]["clock.steps"] = torch.tensor(0)
+        return checkpoint
+
+    def _log_incompatible_keys(self, incompatible) -> None:
+        super()._log_incompatible_keys(incompatible)
+        if {name for name, _ in self.model.named_parameters()} <= set(incompatible.missing_keys):
+            raise ValueError("train.init_checkpoint: none of its parameters fits the model")

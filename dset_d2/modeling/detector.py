@@ -123,7 +123,7 @@ class DETRDetector(nn.Module):
 
     def train_step(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
         """Losses of a batch, at a random size while multi-scale training lasts."""
-        step = self.clock.tick()
+        step = int(self.clock)
         images, valid_ratio = self.preprocess(batched_inputs)
         if self.multi_scale and step < self.multi_scale_end:
             # The step seeds the choice: all processes, and a resumed run, choose alike.
@@ -169,11 +169,20 @@ class DETRDetector(nn.Module):
             "boxes": boxes.to(self.device, non_blocking=True),
         }
 
-    def features(self, images: Tensor, valid_ratio: Tensor | None) -> list[Tensor]:
+    def decode(
+        self,
+        images: Tensor,
+        valid_ratio: Tensor | None,
+        targets: list[dict[str, Tensor]] | None = None,
+    ) -> dict:
+        """What the decoder makes of the encoder's features of the backbone's features."""
         # Before the first training step sparse parts behave as at the end of their schedules.
         set_step(self, int(self.clock) or None)
         features = self.backbone(images)
-        return self.encoder([features[name] for name in self.encoder.in_features], valid_ratio)
+        features = [features[name] for name in self.encoder.in_features]
+        features = self.encoder(features, valid_ratio)
+        dropped = getattr(self.encoder, "dropped", None)
+        return self.decoder(features, targets, valid_ratio, dropped)
 
     def predict(self, images: Tensor, valid_ratio: Tensor | None = None) -> dict[str, Tensor]:
         """Raw predictions.
@@ -185,7 +194,7 @@ class DETRDetector(nn.Module):
         Returns:
             ``pred_logits`` (B, Q, C), ``pred_boxes`` (B, Q, 4) cx, cy, w, h in [0, 1].
         """
-        return self.decoder(self.features(images, valid_ratio), valid_ratio=valid_ratio)
+        return self.decode(images, valid_ratio)
 
     def compute_losses(
         self,
@@ -195,25 +204,34 @@ class DETRDetector(nn.Module):
     ) -> dict[str, Tensor]:
         """Weighted losses under upstream's names; ``images`` as for :meth:`predict`.
 
+        In training mode this counts as a training step, whatever loop calls it.
+
         Args:
             targets: per image ``labels`` (n,) and ``boxes`` (n, 4) cx, cy, w, h in [0, 1].
         """
-        outputs = self.decoder(self.features(images, valid_ratio), targets, valid_ratio)
-        return self.criterion(outputs, targets) | sparse_losses(self, targets)
+        if self.training:
+            self.clock.tick()
+        outputs = self.decode(images, valid_ratio, targets)
+        losses = self.criterion(outputs, targets)
+        with torch.autocast(self.device.type, enabled=False):
+            return losses | sparse_losses(self, targets)
 
     def log_sparsity(self) -> None:
         """Put the sparse parts' statistics into the event storage."""
         storage = get_event_storage()
+        greedy = []
         for name, values in sparse_statistics(self).items():
             if "keep_ratio" in values:
                 storage.put_scalar(f"{name}/keep_ratio", values["keep_ratio"])
                 continue
-            usage = values["usage"].cpu()
-            storage.put_scalar(f"{name}/max_usage", float(usage.max()))
+            storage.put_scalar(f"{name}/max_usage", float(values["usage"].max()))
             storage.put_scalar(f"{name}/entropy", float(values["entropy"]))
-            if len(usage) > 2 and usage.max() > 0.5:
-                message = f"{name}: expert {int(usage.argmax())} takes {usage.max():.0%} of tokens"
-                log_every_n_seconds(logging.WARNING, message, n=60, name=__name__)
+            shares = values["coactivation"].diagonal().cpu()  # of the tokens, by expert
+            if len(shares) > 2 and shares.max() > greedy_share(len(shares), float(shares.sum())):
+                greedy.append(f"{name}: {shares.max():.0%} by expert {int(shares.argmax())}")
+        if greedy:
+            message = f"one expert takes too many of the tokens in {', '.join(greedy)}"
+            log_every_n_seconds(logging.WARNING, message, n=60, name=__name__)
 
     def postprocess(
         self, outputs: dict[str, Tensor], image_sizes: list[tuple[int, int]]
@@ -261,3 +279,12 @@ def resize(images: Tensor, long_side: int, divisor: int) -> Tensor:
     scale = long_side / max(images.shape[2:])
     size = [max(divisor, round(side * scale / divisor) * divisor) for side in images.shape[2:]]
     return F.interpolate(images, size=size)
+
+
+def greedy_share(num_experts: int, top_k: float) -> float:
+    """The share of tokens above which one expert takes too many.
+
+    Half of them if each token has one expert; with ``top_k`` experts, of which each fairly gets
+    ``top_k / num_experts`` of the tokens, half way from there to all.
+    """
+    return 0.5 if top_k < 1.5 else (1 + top_k / num_experts) / 2

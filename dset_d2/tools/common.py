@@ -51,6 +51,6 @@ def describe_device(device: str) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict | list) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))

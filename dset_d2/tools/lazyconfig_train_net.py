@@ -7,7 +7,7 @@ that names them, checkpoints that are never half-written, and errors on misspelt
 
     python -m dset_d2.tools.lazyconfig_train_net --config-file configs/rtdetr/rtdetrv2_r18_coco.py
     ... --resume                      continue the run in train.output_dir
-    ... --eval-only train.init_checkpoint=output/model_best.pth
+    ... --eval-only train.init_checkpoint=output/model_best.pth      or released weights
     ... dataloader.train.total_batch_size=8 optimizer.lr=5e-5
 """
 
@@ -28,6 +28,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
+from ..checkpoint import load_upstream
 from ..config import apply_overrides, load_config
 from ..engine.ema import ModelEMA
 from ..engine.hooks import (
@@ -37,10 +38,10 @@ from ..engine.hooks import (
     EpochReporter,
     SparsityPictures,
 )
-from ..engine.trainer import AtomicCheckpointer, trainer_class
+from ..engine.trainer import AtomicCheckpointer, InitialCheckpointer, trainer_class
 from ..modeling.sparse import MoE, TokenPruner
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("dset_d2")  # not __main__, which nobody listens to
 
 
 def evaluate(cfg: DictConfig, model: torch.nn.Module, ema: ModelEMA | None) -> dict:
@@ -86,6 +87,7 @@ def train(cfg: DictConfig, resume: bool) -> None:
     metric = cfg.train.best_metric
     main = comm.is_main_process()
     patience = cfg.train.early_stopping_patience
+    stopping = EarlyStopping(period, metric, patience) if patience else None
     writers = default_writers(output_dir, cfg.train.max_iter) if main else []
     trainer.register_hooks(
         [
@@ -97,16 +99,22 @@ def train(cfg: DictConfig, resume: bool) -> None:
             hooks.EvalHook(period, lambda: evaluate(cfg, parallel, ema)),
             # These follow the evaluation, so that a checkpoint knows of its results.
             BestCheckpointer(period, best, metric) if main else None,
-            EarlyStopping(period, metric, patience) if patience else None,
+            stopping,
             hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if main else None,
             hooks.PeriodicWriter(writers, cfg.train.log_period) if main else None,
         ]
     )
-    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     resumed = resume and checkpointer.has_checkpoint()
+    if resumed:
+        checkpointer.resume_or_load("", resume=True)
+        if stopping is not None and stopping.enough:
+            logger.info("This run has stopped early; a larger patience lets it go on")
+            return
+    else:
+        InitialCheckpointer(parallel).load(cfg.train.init_checkpoint)
     trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
     if trainer.stopped and main:
-        checkpointer.save("model_final", iteration=trainer.iter - 1)
+        checkpointer.save("model_final", iteration=trainer.iter)
 
 
 def main(args) -> None:
@@ -116,13 +124,11 @@ def main(args) -> None:
     if not args.eval_only:
         train(cfg, args.resume)
         return
+    if not cfg.train.init_checkpoint:
+        raise ValueError("--eval-only needs train.init_checkpoint=FILE")
     model = instantiate(cfg.model).to(cfg.train.device)
-    ema = build_ema(cfg, model)
-    parallel = create_ddp_model(model, **cfg.train.ddp)
-    averaged = {"ema": ema} if ema else {}
-    checkpointer = AtomicCheckpointer(parallel, cfg.train.output_dir, **averaged)
-    checkpointer.load(cfg.train.init_checkpoint)
-    evaluate(cfg, parallel, ema)
+    load_upstream(model, cfg.train.init_checkpoint, new_classes=False)
+    evaluate(cfg, create_ddp_model(model, **cfg.train.ddp), None)
 
 
 def run(argv: list[str] | None = None) -> None:

@@ -34,6 +34,7 @@ from ..files import write_atomically
 from ..modeling.sparse import TokenPruner
 from ..modeling.sparse.pruning import foreground
 from . import plot_curves
+from .common import UsageError, write_json
 
 
 class Variant(NamedTuple):
@@ -55,12 +56,21 @@ def parse_variant(text: str) -> Variant:
 
 
 def train(config_file: str, overrides: list[str], folder: Path) -> None:
-    """Run our launcher in a process of its own, or what is left of it."""
+    """Run our launcher in a process of its own, or what is left of it.
+
+    Raises:
+        UsageError: if the folder holds a run with other settings.
+    """
+    settings = {"config": config_file, "overrides": overrides}
+    record = folder / "settings.json"
+    if not record.exists():
+        write_json(record, settings)
+    elif json.loads(record.read_text()) != settings:
+        raise UsageError(f"{folder} holds a run with other settings, see {record}")
     if (folder / "model_final.pth").exists():
         return
     command = [sys.executable, "-W", "ignore", "-m", "dset_d2.tools.lazyconfig_train_net"]
     command += ["--config-file", config_file, "--resume", *overrides, f"train.output_dir={folder}"]
-    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "stdout.txt", "a") as log:
         failed = subprocess.run(command, stdout=log, stderr=log).returncode
     if failed:
@@ -133,7 +143,10 @@ def main(argv: list[str] | None = None) -> None:
     runs = [(variant, seed) for seed in args.seeds for variant in variants]
     for variant, seed in tqdm(runs, desc="training", unit="run"):
         settings = [*variant.overrides, *args.opts, f"train.seed={seed}"]
-        train(variant.config_file, settings, args.output / f"{variant.name}_{seed}")
+        try:
+            train(variant.config_file, settings, args.output / f"{variant.name}_{seed}")
+        except UsageError as error:
+            parser.error(str(error))
 
     calls, rows = {}, []
     for name, config_file, overrides in variants:
@@ -187,8 +200,7 @@ def report(rows: list[dict], args: argparse.Namespace) -> None:
                  "latency ratio", "training s/step", "foreground kept | chance | untrained"),
     )  # fmt: skip
     write_atomically(args.output / "table.txt", lambda f: f.write(f"{table}\n".encode()))
-    content = json.dumps(rows, indent=1).encode()
-    write_atomically(args.output / "results.json", lambda f: f.write(content))
+    write_json(args.output / "results.json", rows)
     folders = [f"{n}={args.output}/{n}_{seed}" for n, *_ in args.variant for seed in args.seeds]
     curves = ["--output", str(args.output / "curves.png")]
     curves += ["--metrics", "total_loss", "bbox/AP", "bbox/AP50"]

@@ -67,9 +67,9 @@ def main(argv: list[str] | None = None) -> None:
 
     cfg = apply_overrides(load_config(args.config_file), args.opts)
     model = instantiate(cfg.model).to(cfg.train.device).eval()
-    load_upstream(model, args.checkpoint)
+    load_upstream(model, args.checkpoint, new_classes=False)
     mapper = instantiate(cfg.dataloader.test.mapper)
-    metadata = MetadataCatalog.get(cfg.dataloader.test.dataset.names)
+    metadata = MetadataCatalog.get(cfg.dataloader.evaluator.dataset_name)
     args.output.mkdir(parents=True, exist_ok=True)
     routings = defaultdict(list)
     for record in tqdm(pictures_of(cfg, args.files, args.num_images), desc="drawing"):

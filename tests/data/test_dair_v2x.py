@@ -139,6 +139,27 @@ def test_missing_files_are_counted_once(tree, caplog):
     assert "1 images; 3 missing images, 1 missing labels" in warnings[0].getMessage()
 
 
+def test_labels_are_where_any_of_the_keys_says(tree):
+    for record in tree.info:
+        record["label_camera_path"] = (
+            record.pop("label_camera_std_path", None) or record["label_camera_path"]
+        )
+        record["label_camera_std_path"] = "label/virtuallidar/1.json"  # not released
+    tree.write_info()
+    assert len(tree.load()) == 3
+    for record in tree.info:
+        record["label_camera_path"] = "elsewhere.json"
+    tree.write_info()
+    assert len(tree.load()) == 3  # label/camera, as the archives have it
+    (tree.root / "label/camera").rename(tree.root / "label/other")
+    with pytest.raises(DataError, match="3 missing labels; there is no .*virtuallidar/1.json"):
+        tree.load()
+    tree.info[0]["label_camera_std_path"] = 5
+    tree.write_info()
+    with pytest.raises(DataError, match="record 0: 'label_camera_std_path' is 5, not a path"):
+        tree.load()
+
+
 @pytest.mark.parametrize("folder", ["side-image", "up-side-image"])
 def test_images_in_sibling_folders(tmp_path, folder):
     tree = Tree(tmp_path / "up" / "side")

@@ -156,6 +156,41 @@ def test_best_checkpoint_and_early_stopping(datasets, tmp_path):
     result = run(datasets, OURS, tmp_path, "--eval-only", checkpoint)
     assert result.returncode == 0 and "copypaste: Task: bbox" in result.stdout
 
+    result = run(datasets, OURS, tmp_path, "--resume", *options)
+    assert result.returncode == 0 and "This run has stopped early" in result.stdout
+    assert max(losses(tmp_path)) == 5
+    result = run(datasets, OURS, tmp_path, "--resume", *options, "train.early_stopping_patience=3")
+    assert result.returncode == 0 and "Starting training from iteration 6" in result.stdout
+    assert max(losses(tmp_path)) == 7
+
+    # A new run starts from the averaged weights, at step 0.
+    options = [checkpoint, "train.max_iter=1", "optimizer.lr=0", "train.eval_period=0"]
+    result = run(datasets, OURS, tmp_path / "next", *options)
+    assert result.returncode == 0, result.stderr[-2000:]
+    state = torch.load(tmp_path / "next" / "model_final.pth", weights_only=True)["model"]
+    assert int(state["clock.steps"]) == 1
+    name = "decoder.enc_score_head.weight"
+    assert torch.equal(state[name], best["ema"]["module"][name])
+    assert not torch.equal(state[name], best["model"][name])
+
+
+def test_weights_that_do_not_fit_or_may_run_code_stop_it(datasets, tmp_path):
+    torch.save({"model": {"other.weight": torch.zeros(1)}}, tmp_path / "other.pth")
+    (tmp_path / "code.pkl").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+    wanted = {
+        "other.pth": "none of its parameters fits the model",
+        "code.pkl": "pickle files are not read",
+    }
+    for name, message in wanted.items():
+        result = run(datasets, OURS, tmp_path, f"train.init_checkpoint={tmp_path}/{name}")
+        assert result.returncode != 0 and message in result.stderr
+    assert not (ROOT / "ran").exists()
+    result = run(datasets, OURS, tmp_path, "--eval-only")
+    assert result.returncode != 0 and "--eval-only needs train.init_checkpoint" in result.stderr
+    options = ["--eval-only", f"train.init_checkpoint={tmp_path}/other.pth"]
+    result = run(datasets, OURS, tmp_path, *options)
+    assert result.returncode != 0 and "other.pth does not fit the model" in result.stderr
+
 
 def test_non_finite_loss_stops_and_is_named(datasets, tmp_path):
     result = run(datasets, OURS, tmp_path, "model.criterion.weights.giou=nan", "train.max_iter=3")

@@ -9,6 +9,7 @@ from dset_d2.engine.optimizer import (
     parameter_groups,
     warmup_constant,
 )
+from dset_d2.modeling.sparse import MoE, MoEConfig
 
 from ..conftest import tiny_config, tiny_dinov3
 
@@ -32,6 +33,18 @@ def test_norms_and_biases_have_no_decay():
 def test_backbone_factor():
     for name, group in settings_by_name(backbone_factor=0.1).items():
         assert group["lr"] == pytest.approx(1e-5 if name.startswith("backbone.") else 1e-4)
+
+
+def test_biases_of_experts_have_no_decay():
+    model = MoE(MoEConfig(num_experts=2, top_k=1), 8, 16, "relu")
+    groups = parameter_groups(model, base_lr=1.0, weight_decay=0.1)
+    decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    found = {name: decay[id(p)] for name, p in model.named_parameters()}
+    assert found == {
+        "router.weight": 0.1,
+        **{f"experts.{name}": 0.1 for name in ("w1", "w2")},
+        **{f"experts.{name}": 0.0 for name in ("b1", "b2")},
+    }
 
 
 def test_step_clips_the_joint_norm():

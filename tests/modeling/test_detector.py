@@ -4,6 +4,7 @@ import pytest
 import torch
 from detectron2.config import instantiate
 
+from dset_d2.clock import shared_step
 from dset_d2.modeling.decoder.queries import make_anchors
 from dset_d2.modeling.encoder.hybrid_encoder import position_embedding
 
@@ -157,13 +158,14 @@ def test_discrete_sampling_reads_cells_and_freezes_offsets():
         assert layer.cross_attn.value_proj.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("denoising", [0, 10])
 @pytest.mark.parametrize("count", [0, 3])
-def test_every_trainable_parameter_gets_a_gradient(count):
+def test_every_trainable_parameter_gets_a_gradient(count, denoising):
     """Also without any box: distributed training would wait for a missing gradient."""
-    model = tiny_model().train()
+    model = tiny_model(num_denoising=denoising).train()
     losses = model(make_inputs([(64, 64), (64, 96)], boxes_per_image=count))
     expected = {f"loss_{k}" for k in ("vfl", "bbox", "giou")}
-    assert expected <= losses.keys() and len(losses) == 3 * (1 + 2 + 1 + 3)
+    assert expected <= losses.keys() and len(losses) == 3 * (1 + 2 + 1 + (3 if denoising else 0))
     total = sum(losses.values())
     assert total.isfinite()
     total.backward()
@@ -205,9 +207,32 @@ def test_clock_survives_a_checkpoint():
         model.clock.tick()
     other = tiny_model()
     assert int(other.clock) == 0
+    shared_step.value = 0
     other.load_state_dict(model.state_dict())
-    assert int(other.clock) == 3
+    assert int(other.clock) == shared_step.value == 3
     assert other.clock.tick() == 3 and int(other.clock.steps) == 4
+
+
+def test_losses_count_steps_in_any_loop():
+    model = tiny_model().train()
+    for step in range(1, 3):
+        model.compute_losses(torch.rand(1, 3, 64, 64), make_targets(1, 2))
+        assert int(model.clock) == step
+
+
+def test_frozen_norms_without_weights_are_told(caplog):
+    cfg = tiny_config()
+    cfg.model.backbone.update(freeze_at=0, freeze_norm=True)
+    inputs = make_inputs([(64, 64)])
+    for mean, told in ((0.0, 1), (0.1, 0)):
+        caplog.clear()
+        model = instantiate(cfg.model).train()
+        for name, value in model.backbone.state_dict().items():
+            if name.endswith("running_mean"):
+                value.fill_(mean)
+        for _ in range(2):
+            model(inputs)
+        assert caplog.text.count("frozen norms were never trained") == told
 
 
 def test_bfloat16_autocast_keeps_the_criterion_in_fp32():

@@ -27,7 +27,10 @@ def test_variants_are_trained_once_and_set_side_by_side(tmp_path, monkeypatch, c
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     options = ["--config-file", DSET, "--seeds", "0", "--output", str(tmp_path / "study")]
     options += ["--variant", "dense: configs/rtdetr/rtdetrv2_r18_roadside.py"]
-    options += ["--variant", "DSET: model.encoder.pruning.min_tokens=2"]
+    options += [
+        "--variant",
+        "DSET: model.encoder.pruning.min_tokens=2 model.encoder.pruning.end_step=0",
+    ]
     options += ["--latency-rounds", "1", "--opts", *TINY]
     study.main(options)
     dense, sparse = json.loads((tmp_path / "study/results.json").read_text())
@@ -45,6 +48,10 @@ def test_variants_are_trained_once_and_set_side_by_side(tmp_path, monkeypatch, c
     before = weights.stat().st_mtime_ns
     study.main(options)
     assert weights.stat().st_mtime_ns == before
+
+    with pytest.raises(SystemExit):  # a longer run would be set beside shorter ones
+        study.main([*options, "train.max_iter=3"])
+    assert "dense_0 holds a run with other settings" in capsys.readouterr().err
 
 
 def test_a_variant_needs_a_name(capsys):

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -5,10 +7,14 @@ from detectron2.config import instantiate
 from PIL import Image
 
 import dset_d2
+from dset_d2.data import dair_v2x
 from dset_d2.data.roadside import write_dataset
 from dset_d2.tools import convert_checkpoint, visualize
 
+from ..conftest import tiny_config
+
 ROADSIDE = "configs/rtdetr/rtdetrv2_r18_roadside.py"
+DFINE = "configs/dfine/dfine_s_coco.py"
 
 
 def test_converted_weights_load_with_detectron2(tmp_path, capsys):
@@ -21,6 +27,19 @@ def test_converted_weights_load_with_detectron2(tmp_path, capsys):
     extra = DetectionCheckpointer(other).load(str(tmp_path / "init.pth"))
     assert extra == {}
     torch.testing.assert_close(other.state_dict(), model.state_dict())
+
+    source = tiny_config(DFINE)
+    source.model.decoder.dim_feedforward = 48
+    torch.save(instantiate(source.model).state_dict(), tmp_path / "narrow.pth")
+    sizes = ["model.encoder.hidden_dim=32", "model.encoder.dim_feedforward=64"]
+    sizes += ["model.decoder.hidden_dim=32", "model.decoder.num_classes=5"]
+    options = ["--config-file", DFINE, "--weights", str(tmp_path / "narrow.pth")]
+    options += ["--output", str(tmp_path / "narrow_init.pth"), *sizes]
+    with pytest.raises(SystemExit) as stop:
+        convert_checkpoint.main(options)
+    assert stop.value.code == 1 and not (tmp_path / "narrow_init.pth").exists()
+    assert "narrow.pth needs model.decoder.dim_feedforward=48" in capsys.readouterr().err
+    convert_checkpoint.main([*options, "model.decoder.dim_feedforward=48"])
 
     with pytest.raises(SystemExit) as stop:
         convert_checkpoint.main(["--config-file", ROADSIDE, "--weights", "no.pth", "--output", "x"])
@@ -38,6 +57,24 @@ def test_pictures_of_a_data_set_and_of_files(tmp_path, monkeypatch):
     pictures = sorted((tmp_path / "set").iterdir())
     assert len(pictures) == 2
     assert all(Image.open(p).size == (320, 96) for p in pictures)  # truth beside detections
+
+    # Data of the user's, in COCO's format and under a name of its own.
+    records = dair_v2x.load_dair_v2x(
+        tmp_path / "dair-v2x/single-infrastructure-side",
+        tmp_path / "dair-v2x/split_datas/single-infrastructure-split-data.json",
+        "val",
+    )
+    coco = dair_v2x.to_coco(records, dair_v2x.CLASSES_8, tmp_path)
+    (tmp_path / "val.json").write_text(json.dumps(coco))
+    own = ["--config-file", "configs/rtdetr/rtdetrv2_r18_custom.py", *options[2:]]
+    own += ["--output", str(tmp_path / "own"), "--num-images", "1", "--opts"]
+    own += ["model.encoder.hidden_dim=128", "model.encoder.dim_feedforward=512"]
+    own += ["model.decoder.hidden_dim=128", "model.decoder.dim_feedforward=512"]
+    own += ["model.decoder.num_classes=8", "dataloader.image_size=[96,160]"]
+    own += [f"dataloader.test.dataset.json_file={tmp_path}/val.json"]
+    own += [f"dataloader.test.dataset.image_root={tmp_path}"]
+    visualize.main(own)
+    assert len(list((tmp_path / "own").iterdir())) == 1
 
     file = next(tmp_path.glob("dair-v2x/*/image/*.jpg"))
     visualize.main([*options, "--output", str(tmp_path / "files"), str(file)])

@@ -1,5 +1,6 @@
 """What the convolutional backbones share: four stages, some of whose outputs are features."""
 
+import logging
 from collections.abc import Sequence
 
 from detectron2.layers import FrozenBatchNorm2d
@@ -8,11 +9,14 @@ from torch import Tensor, nn
 
 from ..layers import check_choice
 
+logger = logging.getLogger(__name__)
+
 
 class StagedBackbone(Backbone):
     """A stem of stride 4 and four stages, of strides 4, 8, 16 and 32."""
 
     stage_names: tuple[str, ...]
+    warned = False
 
     @property
     def size_divisibility(self) -> int:
@@ -28,6 +32,13 @@ class StagedBackbone(Backbone):
 
     def run_stages(self, x: Tensor, stages: Sequence[nn.Module]) -> dict[str, Tensor]:
         """(B, C, H / 4, W / 4) of the stem -> the chosen features by name."""
+        if self.training and not self.warned:
+            self.warned = True
+            if self.is_fresh():
+                logger.warning(
+                    "The backbone's frozen norms were never trained: start from a checkpoint, see "
+                    "train.init_checkpoint and dset_d2.tools.convert_checkpoint"
+                )
         outputs = {}
         for name, stage in zip(self.stage_names, stages):
             x = stage(x)
@@ -41,3 +52,8 @@ class StagedBackbone(Backbone):
             part.requires_grad_(False)
         if freeze_norm:
             FrozenBatchNorm2d.convert_frozen_batchnorm(self)
+
+    def is_fresh(self) -> bool:
+        """Whether there are frozen norms, and all still have the statistics they start from."""
+        norms = [module for module in self.modules() if isinstance(module, FrozenBatchNorm2d)]
+        return bool(norms) and not any(bool(norm.running_mean.any()) for norm in norms)

@@ -74,6 +74,7 @@ class DETRDecoder(nn.Module):
                 self.input_proj.append(projection(channels, hidden_dim))
                 nn.init.xavier_uniform_(self.input_proj[-1].conv.weight)
         self.denoising_class_embed = nn.Embedding(num_classes + 1, hidden_dim, num_classes)
+        self.denoising_class_embed.requires_grad_(num_denoising > 0)
         self.query_pos_head = MLP(4, 2 * hidden_dim, hidden_dim, 2)
         for layer in self.query_pos_head.layers:
             nn.init.xavier_uniform_(layer.weight)
@@ -110,6 +111,7 @@ class DETRDecoder(nn.Module):
         features: list[Tensor],
         targets: list[dict[str, Tensor]] | None = None,
         valid_ratio: Tensor | None = None,
+        dropped: list[Tensor | None] | None = None,
     ) -> dict:
         """Detect.
 
@@ -118,6 +120,8 @@ class DETRDecoder(nn.Module):
             targets: per image ``labels`` (n,) and ``boxes`` (n, 4) cx, cy, w, h in [0, 1];
                 needed in training if denoising is on.
             valid_ratio: (B, 2) share of the padded width and height that each image fills.
+            dropped: (B, H_l * W_l) bool per level, True where the encoder pruned a token that
+                the decoder shall not read; None for all of a level, or of all levels, to be read.
 
         Returns:
             ``pred_logits`` (B, Q, C) and ``pred_boxes`` (B, Q, 4) cx, cy, w, h in [0, 1]; in
@@ -127,9 +131,7 @@ class DETRDecoder(nn.Module):
         features = [project(x) for project, x in zip(self.input_proj, features)]
         shapes = [tuple(x.shape[2:]) for x in features]
         memory = torch.cat([x.flatten(2).transpose(1, 2) for x in features], dim=1)
-        valid = None
-        if valid_ratio is not None:
-            valid = torch.cat([valid_tokens(valid_ratio, *shape) for shape in shapes], dim=1)
+        valid = readable(features, valid_ratio, dropped)
         content, reference, selected, best = self.select_queries(
             memory, make_anchors(shapes, memory.device, valid_ratio), valid
         )
@@ -219,6 +221,22 @@ class DETRDecoder(nn.Module):
             outputs["aux_outputs"] = layers[:-1]
             outputs["enc_outputs"] = [selected]
         return outputs
+
+
+def readable(
+    features: list[Tensor], valid_ratio: Tensor | None, dropped: list[Tensor | None] | None
+) -> Tensor | None:
+    """(B, N) bool of the tokens of all levels that are neither padding nor dropped; None: all."""
+    dropped = dropped or [None] * len(features)
+    if valid_ratio is None and all(mask is None for mask in dropped):
+        return None
+    levels = []
+    for x, mask in zip(features, dropped):
+        valid = torch.ones(len(x), x.shape[2] * x.shape[3], dtype=torch.bool, device=x.device)
+        if valid_ratio is not None:
+            valid = valid_tokens(valid_ratio, *x.shape[2:])
+        levels.append(valid if mask is None else valid & ~mask)
+    return torch.cat(levels, dim=1)
 
 
 def score_head(dim: int, num_classes: int) -> nn.Linear:

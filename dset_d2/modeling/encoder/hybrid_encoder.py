@@ -93,6 +93,8 @@ class TransformerEncoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.pruner = pruner
+        # (B, H * W) bool of the last forward: pruned behind the layers; None: no token.
+        self.dropped: Tensor | None = None
 
     def forward(
         self,
@@ -108,6 +110,7 @@ class TransformerEncoder(nn.Module):
             valid_ratio: (B, 2) share of W and H that each image fills, None if all of it.
         """
         valid = None if valid_ratio is None else valid_tokens(valid_ratio, *shape)
+        self.dropped = None
         if self.pruner is None:
             return self.run(x, position, valid)
         after = self.pruner.config.placement == "after"
@@ -125,6 +128,8 @@ class TransformerEncoder(nn.Module):
             output = self.run(output, position, valid)
         if index is None:
             return output
+        if after:
+            self.dropped = torch.ones_like(x[..., 0], dtype=torch.bool).scatter(1, index, False)
         pruned = x if self.pruner.config.restore == "bypass" else torch.zeros_like(x)
         return pruned.scatter(1, index[..., None].expand_as(output), output.to(x.dtype))
 
@@ -192,6 +197,8 @@ class HybridEncoder(nn.Module):
         self.use_encoder_idx = list(use_encoder_idx)
         self.pe_temperature = pe_temperature
         self.input_proj = nn.ModuleList(projection(c, hidden_dim) for c in in_channels)
+        # Of the last forward, per scale: (B, H * W) bool of tokens that no decoder shall read.
+        self.dropped: list[Tensor | None] = [None] * len(in_channels)
         self.encoder = nn.ModuleList()
         for _ in use_encoder_idx:
             layers = [
@@ -246,6 +253,7 @@ class HybridEncoder(nn.Module):
         features = [project(x) for project, x in zip(self.input_proj, features)]
         for index, encoder in zip(self.use_encoder_idx, self.encoder):
             features[index] = self.intra_scale(encoder, features[index], valid_ratio)
+            self.dropped[index] = encoder.dropped
         return self.cross_scale(features)
 
     def intra_scale(

@@ -29,7 +29,7 @@ class PruningConfig:
         start_step, end_step: the ratio falls linearly from 1 to ``keep_ratio`` between these
             training steps; nothing is pruned before.
         placement: "before" prunes what enters the encoder's layers and saves their compute;
-            "after" removes tokens from their output, which saves nothing there.
+            "after" saves nothing there; the decoder then neither reads nor selects the pruned.
         restore: what a pruned token becomes: "bypass" keeps its feature, "zero" clears it.
         gate: let the task train the scorer, by a factor that is 1 in value.
         spatial_prior: add a learnable map to the scores: a fixed camera's empty regions.
@@ -66,6 +66,9 @@ class PruningConfig:
 @dataclass(frozen=True)
 class MemoryPruningConfig:
     """Settings of pruning the decoder's memory, which the encoder's class head scores.
+
+    That head and the layer in front of it still run on all tokens; what shrinks is the value
+    projection of every decoder layer, which D-FINE does not have.
 
     Args:
         keep_ratio: share of the tokens of all levels that cross-attention can read.

@@ -27,6 +27,7 @@ train.update(
     output_dir="./output/dfine_dinov3_s_dair_v2x",
     max_iter=epochs * epoch,
     eval_period=epoch,
+    epoch_iters=epoch,
     best_metric="bbox/AP50",
 )
 train.checkpointer.period = epoch

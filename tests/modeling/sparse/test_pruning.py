@@ -87,6 +87,24 @@ def test_after_the_layer_all_attend_and_the_output_is_thinned():
     torch.testing.assert_close(output[kept], dense[kept])
 
 
+def test_after_the_layer_the_decoder_neither_reads_nor_selects_the_pruned():
+    model = sparse_model(moe=False, memory=1.0, placement="after", keep_ratio=0.25)
+    images = torch.rand(2, 3, 96, 128)
+    with torch.no_grad():
+        features = list(model.backbone(images).values())
+        encoded = model.encoder(features)
+        found = model.decoder(encoded, dropped=model.encoder.dropped)
+        dropped = model.encoder.dropped[2]
+        assert model.encoder.dropped[:2] == [None, None]
+        assert dropped.sum(1).tolist() == [9, 9]  # of 3 x 4 tokens
+        other = [x.clone() for x in encoded]
+        other[2].flatten(2).transpose(1, 2)[dropped] = 100.0
+        changed = model.decoder(other, dropped=model.encoder.dropped)
+        torch.testing.assert_close(changed, found)
+        assert not torch.equal(model.decoder(other)["pred_boxes"], found["pred_boxes"])
+        torch.testing.assert_close(model.predict(images), found)
+
+
 def test_the_scorer_chooses():
     pruned = encoder(keep_ratio=0.5, min_tokens=1).eval()
     x, _ = inputs()
@@ -271,16 +289,15 @@ def test_the_log_gets_statistics_and_a_warning_of_a_greedy_expert(caplog):
     model = sparse_model().train()
     router = model.decoder.decoder.layers[0].moe.router
     with torch.no_grad():
-        model.decoder.decoder.layers[0].moe.config.__dict__["top_k"] = 1
-        router.top_k = 1
-        router.weight.zero_()  # ties go to one expert
+        router.weight.zero_()  # ties go to the same two experts
     with EventStorage() as storage:
         model(make_inputs([(96, 128)]))
         latest = storage.latest()
     assert latest["pruning/encoder_0/keep_ratio"][0] == 0.5
-    assert latest["moe/decoder_0/max_usage"][0] == 1.0
+    assert latest["moe/decoder_0/max_usage"][0] == 0.5
     assert latest["moe/decoder_1/entropy"][0] > 0
-    assert "moe/decoder_0: expert" in caplog.text and "takes 100% of tokens" in caplog.text
+    assert "one expert takes too many of the tokens" in caplog.text
+    assert "moe/decoder_0: 100% by expert" in caplog.text
 
 
 def test_flops_of_a_pruned_layer():
