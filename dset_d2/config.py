@@ -2,9 +2,12 @@
 ``CfgNode`` system that the registered classes read."""
 
 import difflib
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 
 from detectron2.config import CfgNode, LazyConfig
+from detectron2.utils.registry import locate
 from omegaconf import DictConfig
 
 PACKAGE = Path(__file__).parent
@@ -46,12 +49,21 @@ def apply_overrides(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 
 
 def all_keys(cfg, prefix: str = "") -> set[str]:
-    """Dotted names of all nodes and leaves."""
-    keys = set()
-    items = cfg.items_ex(resolve=False) if isinstance(cfg, DictConfig) else ()
-    for key, value in items:
+    """Dotted names of all nodes and leaves, and of what the nodes' targets take beside them."""
+    if not isinstance(cfg, DictConfig):
+        return set()
+    keys = {f"{prefix}{name}" for name in parameters_of(cfg.get("_target_"))}
+    for key, value in cfg.items_ex(resolve=False):
         keys |= {f"{prefix}{key}"} | all_keys(value, f"{prefix}{key}.")
     return keys
+
+
+def parameters_of(target: Callable | str | None) -> list[str]:
+    """Names of the parameters of a config's ``_target_``."""
+    if target is None:
+        return []
+    parameters = signature(locate(target) if isinstance(target, str) else target).parameters
+    return [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD]
 
 
 def add_detr_config(cfg: CfgNode) -> None:

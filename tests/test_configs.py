@@ -75,3 +75,5 @@ def test_misspelt_override_suggests_the_right_key():
     apply_overrides(cfg, ["model.decoder.num_queries=100", "optimizer.lr=3e-4"])
     assert cfg.model.decoder.num_queries == 100
     assert cfg.optimizer.params.base_lr == 3e-4
+    apply_overrides(cfg, ["model.decoder.dropout=0.1"])  # which the config leaves to its default
+    assert instantiate(cfg.model).decoder.decoder.layers[0].dropout1.p == 0.1
