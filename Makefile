@@ -26,6 +26,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
+RAMP := model.encoder.pruning.end_step=120
 # Small-scale evidence: DSET and its ablations with equal budget and two seeds, side by side.
 bench: $(READY)
 	$(BIN)/python -m dset_d2.tools.make_roadside --output $(DEMO)/datasets --train 480
@@ -34,10 +35,10 @@ bench: $(READY)
 		--variant "RT-DETR: configs/rtdetr/rtdetrv2_r18_roadside.py" \
 		--variant "MoE-RTDETR: model.encoder.pruning=null model.encoder.moe=null" \
 		--variant "patch-MoE: model.encoder.pruning=null model.decoder.moe=null" \
-		--variant "pruning: model.encoder.moe=null model.decoder.moe=null" \
-		--variant "DSET:" \
-		--variant "DSET-zero: model.encoder.pruning.restore=zero" \
-		--opts train.max_iter=360 train.eval_period=120
+		--variant "pruning: model.encoder.moe=null model.decoder.moe=null $(RAMP)" \
+		--variant "DSET: $(RAMP)" \
+		--variant "DSET-zero: $(RAMP) model.encoder.pruning.restore=zero" \
+		--opts train.max_iter=240 train.eval_period=80
 
 clean:
 	rm -rf .venv output build *.egg-info
