@@ -91,7 +91,8 @@ def train(cfg: DictConfig, resume: bool) -> None:
     writers = default_writers(output_dir, cfg.train.max_iter) if main else []
     trainer.register_hooks(
         [
-            hooks.IterationTimer(),
+            # By default it waits three steps; in a run that ends before, the ETA divides by zero.
+            hooks.IterationTimer(warmup_iter=1),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             EMAHook(ema, model) if ema else None,
             EpochReporter(cfg.train.epoch_iters) if cfg.train.epoch_iters else None,

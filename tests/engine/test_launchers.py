@@ -160,7 +160,8 @@ def test_best_checkpoint_and_early_stopping(datasets, tmp_path):
     assert result.returncode == 0 and "This run has stopped early" in result.stdout
     assert max(losses(tmp_path)) == 5
     result = run(datasets, OURS, tmp_path, "--resume", *options, "train.early_stopping_patience=3")
-    assert result.returncode == 0 and "Starting training from iteration 6" in result.stdout
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Starting training from iteration 6" in result.stdout
     assert max(losses(tmp_path)) == 7
 
     # A new run starts from the averaged weights, at step 0.
