@@ -86,8 +86,9 @@ class MemoryPruningConfig:
 
 
 def keep_count(ratio: float, tokens: int, least: int) -> int:
-    """How many of the tokens stay."""
-    return min(tokens, max(least, math.ceil(ratio * tokens)))
+    """How many of the tokens stay: the ratio of them, rounded up, but at least some."""
+    # A size is a tensor while traced, whose products are float32; 0.55 * 400 is above 220 anyway.
+    return min(tokens, max(least, math.ceil(ratio * int(tokens) - 1e-6)))
 
 
 def best_tokens(scores: Tensor, count: int) -> Tensor:

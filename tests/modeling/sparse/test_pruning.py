@@ -172,6 +172,8 @@ def test_at_least_min_tokens_stay():
     assert keep_count(0.7, 400, 100) == 280
     assert keep_count(0.7, 60, 100) == 60
     assert keep_count(0.333, 10, 1) == math.ceil(3.33)
+    assert keep_count(0.55, 400, 100) == 220
+    assert keep_count(0.3, torch.tensor(400), 100) == 120
 
 
 def test_spatial_prior_moves_the_choice():
