@@ -48,6 +48,7 @@ $(READY): requirements.txt setup.py third_party/detectron2/install.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
 ifeq ($(DETECTRON2),git)
+	$(BIN)/python -m pip uninstall --yes detectron2
 	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation \
 		'git+https://github.com/facebookresearch/detectron2.git'
 else

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import torch
+from detectron2.utils.file_io import PathManager
 from safetensors.torch import load_file
 from timm.models.eva import checkpoint_filter_fn
 from torch import Tensor, nn
@@ -53,19 +54,21 @@ def read_state_dict(path: str | Path, hint: str = "") -> dict[str, Tensor]:
     Nothing is unpickled but tensors and plain containers; ``.safetensors`` files hold no more.
 
     Args:
+        path: a file, or an address that Detectron2 fetches.
         hint: where to get the file, for the error that it is not there.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is no checkpoint or holds no state dict.
     """
-    if not Path(path).is_file():
+    file = Path(PathManager.get_local_path(str(path)))
+    if not file.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint{hint and f'; {hint}'}")
     try:
-        if Path(path).suffix == ".safetensors":
-            checkpoint = load_file(path)
+        if file.suffix == ".safetensors":
+            checkpoint = load_file(file)
         else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path}: not a checkpoint that is safe to read: {error}") from error
     return unwrap(checkpoint, str(path))
@@ -92,7 +95,7 @@ def rename(key: str) -> str:
     return key
 
 
-def load_upstream(model: nn.Module, source: str | Path | dict, new_classes: bool = True) -> None:
+def load_upstream(model: nn.Module, source: str | Path | dict, whole: bool = False) -> None:
     """Load released RT-DETR, RT-DETRv2 or D-FINE weights, or those of a run of ours, in place.
 
     A state dict whose keys all belong to the backbone (an ImageNet model) goes there alone, and
@@ -103,7 +106,7 @@ def load_upstream(model: nn.Module, source: str | Path | dict, new_classes: bool
     Args:
         model: a :class:`DETRDetector`.
         source: path of a checkpoint, or a state dict (also one wrapped as upstream does).
-        new_classes: whether the model may have another number of classes.
+        whole: nothing of the model may stay fresh, as for evaluation.
 
     Raises:
         ValueError: on a key or shape that has no place in the model, or on a parameter of the
@@ -114,6 +117,8 @@ def load_upstream(model: nn.Module, source: str | Path | dict, new_classes: bool
     else:
         state, name = read_state_dict(source, weights_hint(model)), str(source)
     if is_dinov3(state):
+        if whole:
+            raise ValueError(f"{name} holds a backbone alone")
         load_dinov3(model, state, name)
         return
     state = {rename(key): value for key, value in state.items() if not COMPUTED.search(key)}
@@ -123,8 +128,9 @@ def load_upstream(model: nn.Module, source: str | Path | dict, new_classes: bool
         del state[key]
 
     module = model
-    if hasattr(model, "backbone") and required(state) <= model.backbone.state_dict().keys():
-        module = model.backbone
+    backbone = None if whole else getattr(model, "backbone", None)
+    if backbone is not None and required(state) <= backbone.state_dict().keys():
+        module = backbone
     known = module.state_dict()
     unknown = sorted(required(state) - known.keys())
     missing = sorted(required(known) - state.keys() - {"clock.steps"})
@@ -139,7 +145,7 @@ def load_upstream(model: nn.Module, source: str | Path | dict, new_classes: bool
     widths = ffn_widths(wanted, state) if "decoder.distribution.up" in known else {}
     refitted = {f"{ffn}.{name}" for ffn in widths for name in FFN_SHAPES}
     resized = [k for k in resized if k not in refitted]
-    wrong = [k for k in resized if not (new_classes and CLASS_HEADS.match(k))]
+    wrong = [k for k in resized if whole or not CLASS_HEADS.match(k)]
     if wrong:
         shapes = f"{tuple(state[wrong[0]].shape)}, the model's {tuple(wanted[wrong[0]].shape)}"
         raise ValueError(f"{name} does not fit the model: {wrong[0]} has shape {shapes}")
@@ -163,7 +169,7 @@ def ffn_widths(wanted: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str,
     widths = {}
     for key, value in state.items():
         ffn, _, name = key.rpartition(".linear1.")
-        if name != "weight" or value.shape[0] == wanted[key].shape[0]:
+        if not ffn.startswith("decoder.") or name != "weight" or len(value) == len(wanted[key]):
             continue
         width, dim = len(value), wanted[key].shape[1]
         shapes = {name: shape(width, dim) for name, shape in FFN_SHAPES.items()}

@@ -62,7 +62,10 @@ def parameters_of(target: Callable | str | None) -> list[str]:
     """Names of the parameters of a config's ``_target_``."""
     if target is None:
         return []
-    parameters = signature(locate(target) if isinstance(target, str) else target).parameters
+    try:
+        parameters = signature(locate(target) if isinstance(target, str) else target).parameters
+    except ValueError:  # written in C, with nothing to inspect
+        return []
     return [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD]
 
 

@@ -107,6 +107,8 @@ def test_backbone_alone():
     load_upstream(model, state)
     for name, value in state.items():
         assert torch.equal(model.backbone.state_dict()[name], value)
+    with pytest.raises(ValueError, match="parameters without a key"):
+        load_upstream(model, state, whole=True)
 
 
 def test_other_class_count_leaves_heads_fresh(caplog):
@@ -119,6 +121,8 @@ def test_other_class_count_leaves_heads_fresh(caplog):
         assert resized == bool(re.search(r"score_head|denoising_class_embed", name))
         assert torch.equal(value, before[name] if resized else state[name])
     assert "another number of classes" in caplog.text
+    with pytest.raises(ValueError, match="denoising_class_embed.weight has shape"):
+        load_upstream(fresh(), state, whole=True)
 
 
 def test_what_does_not_fit_is_named():

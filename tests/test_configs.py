@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
+from omegaconf import DictConfig
 
 import dset_d2
 from dset_d2.config import apply_overrides
@@ -77,3 +79,9 @@ def test_misspelt_override_suggests_the_right_key():
     assert cfg.optimizer.params.base_lr == 3e-4
     apply_overrides(cfg, ["model.decoder.dropout=0.1"])  # which the config leaves to its default
     assert instantiate(cfg.model).decoder.decoder.layers[0].dropout1.p == 0.1
+
+
+def test_targets_written_in_c_take_overrides():
+    cfg = DictConfig({"device": L(torch.device)(type="cuda")}, flags={"allow_objects": True})
+    apply_overrides(cfg, ["device.type=cpu"])
+    assert instantiate(cfg.device) == torch.device("cpu")

@@ -1,7 +1,7 @@
 """RT-DETRv2-R18 with discrete sampling: 36 epochs that start from the trained R18.
 
-Detectron2's own launcher would go on with that run's averaging and count of steps; give it what
-dset_d2.tools.convert_checkpoint makes of the file.
+Detectron2's own launcher would start from that run's unaveraged weights and go on with its count
+of steps; give it what dset_d2.tools.convert_checkpoint makes of the file.
 """
 
 from ..common.coco_schedule import train_for

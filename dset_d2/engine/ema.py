@@ -2,9 +2,16 @@
 
 import copy
 import math
+from collections.abc import Iterator
+from itertools import chain
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+
+def tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, those included that no state dict holds."""
+    return chain(model.parameters(), model.buffers())
 
 
 class ModelEMA:
@@ -33,7 +40,7 @@ class ModelEMA:
         if self.updates == 1:
             decay = 0.0
         averages, current = [], []
-        for average, value in zip(self.module.state_dict().values(), model.state_dict().values()):
+        for average, value in zip(tensors(self.module), tensors(model), strict=True):
             if value.is_floating_point():
                 averages.append(average)
                 current.append(value)

@@ -105,7 +105,9 @@ class EarlyStopping(HookBase):
         self.evaluations_since = 0
 
     def after_step(self) -> None:
-        if self.eval_period <= 0 or (self.trainer.iter + 1) % self.eval_period:
+        done = self.trainer.iter + 1
+        # At the end there is nothing to stop; the last evaluation is still to come.
+        if self.eval_period <= 0 or done % self.eval_period or done == self.trainer.max_iter:
             return
         value, iteration = self.trainer.storage.latest().get(self.metric, (math.nan, -1))
         if iteration != self.trainer.iter:

@@ -33,8 +33,9 @@ def main(argv: list[str] | None = None) -> None:
         load_upstream(model, args.weights)
     except (FileNotFoundError, ValueError) as error:
         parser.exit(1, f"error: {error}\n")
-    if any(value.shape != shapes[key] for key, value in model.state_dict().items()):
-        width = model.decoder.decoder.layers[0].linear1.out_features
+    resized = [value for key, value in model.state_dict().items() if value.shape != shapes[key]]
+    if resized:  # an FFN's parameters, its first weight in front
+        width = len(resized[0])
         parser.exit(1, f"error: {args.weights} needs model.decoder.dim_feedforward={width}\n")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = {"model": model.state_dict() | {"clock.steps": torch.tensor(0)}}

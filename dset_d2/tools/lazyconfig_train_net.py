@@ -101,19 +101,21 @@ def train(cfg: DictConfig, resume: bool) -> None:
             # These follow the evaluation, so that a checkpoint knows of its results.
             BestCheckpointer(period, best, metric) if main else None,
             stopping,
-            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if main else None,
             hooks.PeriodicWriter(writers, cfg.train.log_period) if main else None,
+            # Last, so that a run which is killed has logged all that it resumes from.
+            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if main else None,
         ]
     )
     resumed = resume and checkpointer.has_checkpoint()
     if resumed:
         checkpointer.resume_or_load("", resume=True)
-        if stopping is not None and stopping.enough:
-            logger.info("This run has stopped early; a larger patience lets it go on")
-            return
     else:
         InitialCheckpointer(parallel).load(cfg.train.init_checkpoint)
-    trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
+    if stopping is not None and stopping.enough:
+        logger.info("This run's patience is used up; a larger one lets it go on")
+        trainer.stop_early()
+    else:
+        trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
     if trainer.stopped and main:
         checkpointer.save("model_final", iteration=trainer.iter)
 
@@ -128,7 +130,7 @@ def main(args) -> None:
     if not cfg.train.init_checkpoint:
         raise ValueError("--eval-only needs train.init_checkpoint=FILE")
     model = instantiate(cfg.model).to(cfg.train.device)
-    load_upstream(model, cfg.train.init_checkpoint, new_classes=False)
+    load_upstream(model, cfg.train.init_checkpoint, whole=True)
     evaluate(cfg, create_ddp_model(model, **cfg.train.ddp), None)
 
 

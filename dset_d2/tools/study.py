@@ -55,18 +55,32 @@ def parse_variant(text: str) -> Variant:
     return Variant(name.strip(), config_file, words)
 
 
-def train(config_file: str, overrides: list[str], folder: Path) -> None:
-    """Run our launcher in a process of its own, or what is left of it.
+class Run(NamedTuple):
+    """One training: a variant with a seed."""
+
+    config_file: str
+    overrides: list[str]
+    folder: Path
+
+
+def claim(run: Run) -> None:
+    """Note the run's settings in its folder.
 
     Raises:
-        UsageError: if the folder holds a run with other settings.
+        UsageError: if the folder holds another run.
     """
-    settings = {"config": config_file, "overrides": overrides}
-    record = folder / "settings.json"
-    if not record.exists():
+    record = run.folder / "settings.json"
+    settings = {"config": run.config_file, "overrides": run.overrides}
+    if (run.folder / "last_checkpoint").exists():
+        if not record.exists() or json.loads(record.read_text()) != settings:
+            raise UsageError(f"{run.folder} holds a run with other settings, see {record}")
+    else:
         write_json(record, settings)
-    elif json.loads(record.read_text()) != settings:
-        raise UsageError(f"{folder} holds a run with other settings, see {record}")
+
+
+def train(run: Run) -> None:
+    """Run our launcher in a process of its own, or what is left of it."""
+    config_file, overrides, folder = run
     if (folder / "model_final.pth").exists():
         return
     command = [sys.executable, "-W", "ignore", "-m", "dset_d2.tools.lazyconfig_train_net"]
@@ -140,13 +154,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     variants = [v._replace(config_file=v.config_file or args.config_file) for v in args.variant]
-    runs = [(variant, seed) for seed in args.seeds for variant in variants]
-    for variant, seed in tqdm(runs, desc="training", unit="run"):
-        settings = [*variant.overrides, *args.opts, f"train.seed={seed}"]
-        try:
-            train(variant.config_file, settings, args.output / f"{variant.name}_{seed}")
-        except UsageError as error:
-            parser.error(str(error))
+    runs = [
+        Run(config_file, [*own, *args.opts, f"train.seed={seed}"], args.output / f"{name}_{seed}")
+        for seed in args.seeds
+        for name, config_file, own in variants
+    ]
+    try:
+        for run in runs:
+            claim(run)
+    except UsageError as error:
+        parser.error(str(error))
+    for run in tqdm(runs, desc="training", unit="run"):
+        train(run)
 
     calls, rows = {}, []
     for name, config_file, overrides in variants:

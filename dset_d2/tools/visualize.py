@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
 
     cfg = apply_overrides(load_config(args.config_file), args.opts)
     model = instantiate(cfg.model).to(cfg.train.device).eval()
-    load_upstream(model, args.checkpoint, new_classes=False)
+    load_upstream(model, args.checkpoint, whole=True)
     mapper = instantiate(cfg.dataloader.test.mapper)
     metadata = MetadataCatalog.get(cfg.dataloader.evaluator.dataset_name)
     args.output.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import dset_d2
 from dset_d2.analysis import count_activations, count_flops, count_parameters
 from dset_d2.modeling.decoder.deformable_attention import MSDeformableAttention
 from dset_d2.modeling.encoder.hybrid_encoder import TransformerEncoderLayer
-from tests.conftest import make_inputs, tiny_model
+from tests.conftest import make_inputs, sparse_model, tiny_model
 
 
 class Call(nn.Module):
@@ -330,6 +330,12 @@ def test_experts_declare_their_active_parameters():
     assert counts["moe"].active == 128
     assert counts["moe.router"].active is None
     assert counts[""].active == 128 + 34
+
+
+@pytest.mark.parametrize("placement", ["before", "after"])
+def test_every_sparse_mechanism_can_be_counted(placement):
+    model = sparse_model(placement=placement, keep_ratio=0.3)
+    assert count_flops(model, make_inputs([(96, 128)])).total > 0
 
 
 def test_rtdetrv2_r18():

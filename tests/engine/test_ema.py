@@ -44,6 +44,15 @@ def test_state_survives():
     torch.testing.assert_close(other.module.state_dict(), ema.module.state_dict())
 
 
+def test_buffers_that_no_state_dict_holds_follow():
+    model = small_model()
+    model.register_buffer("table", torch.zeros(3), persistent=False)
+    ema = ModelEMA(model)
+    model.table += 1  # as weights that are loaded later do
+    ema.update(model)
+    assert torch.equal(ema.module.table, torch.ones(3))
+
+
 def test_training_is_not_touched():
     model = small_model()
     before = {k: v.clone() for k, v in model.state_dict().items()}

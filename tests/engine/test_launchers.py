@@ -156,8 +156,11 @@ def test_best_checkpoint_and_early_stopping(datasets, tmp_path):
     result = run(datasets, OURS, tmp_path, "--eval-only", checkpoint)
     assert result.returncode == 0 and "copypaste: Task: bbox" in result.stdout
 
+    (tmp_path / "model_final.pth").rename(tmp_path / "model_0000005.pth")  # killed before its end
+    (tmp_path / "last_checkpoint").write_text("model_0000005.pth")
     result = run(datasets, OURS, tmp_path, "--resume", *options)
-    assert result.returncode == 0 and "This run has stopped early" in result.stdout
+    assert result.returncode == 0 and "patience is used up" in result.stdout
+    assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 5
     assert max(losses(tmp_path)) == 5
     result = run(datasets, OURS, tmp_path, "--resume", *options, "train.early_stopping_patience=3")
     assert result.returncode == 0, result.stderr[-3000:]
@@ -165,9 +168,11 @@ def test_best_checkpoint_and_early_stopping(datasets, tmp_path):
     assert max(losses(tmp_path)) == 7
 
     # A new run starts from the averaged weights, at step 0.
-    options = [checkpoint, "train.max_iter=1", "optimizer.lr=0", "train.eval_period=0"]
+    options = [checkpoint, "train.max_iter=1", "optimizer.lr=0", "train.eval_period=1"]
+    options += ["train.early_stopping_patience=1"]
     result = run(datasets, OURS, tmp_path / "next", *options)
     assert result.returncode == 0, result.stderr[-2000:]
+    assert "No metric" not in result.stdout
     state = torch.load(tmp_path / "next" / "model_final.pth", weights_only=True)["model"]
     assert int(state["clock.steps"]) == 1
     name = "decoder.enc_score_head.weight"

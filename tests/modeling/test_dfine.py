@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from detectron2.config import LazyCall as L
 from detectron2.config import get_cfg, instantiate
 from detectron2.modeling import build_model
 
@@ -16,6 +17,7 @@ from dset_d2.modeling.criterion.matcher import Matches
 from dset_d2.modeling.criterion.set_criterion import pair
 from dset_d2.modeling.decoder.dfine import LQE, Gate
 from dset_d2.modeling.decoder.distribution import EdgeDistribution
+from dset_d2.modeling.sparse import MemoryPruningConfig
 
 from ..conftest import make_inputs, make_targets, tiny_config, tiny_model
 
@@ -318,6 +320,19 @@ def test_ffns_take_the_checkpoints_width():
     assert torch.equal(found["pred_boxes"], expected["pred_boxes"])
     with pytest.raises(ValueError, match="has shape"):
         load_upstream(model, tiny_model(S, num_points=[3, 5, 3]).state_dict())
+    state = source.state_dict()
+    layer = "encoder.encoder.0.layers.0"
+    for name, size in {"linear1.weight": 0, "linear1.bias": 0, "linear2.weight": 1}.items():
+        state[f"{layer}.{name}"] = state[f"{layer}.{name}"].narrow(size, 0, 40)
+    with pytest.raises(ValueError, match="encoder.*linear1.* has shape"):
+        load_upstream(tiny_model(S), state)
+
+
+def test_memory_pruning_is_warned_of(caplog):
+    cfg = tiny_config(S)
+    cfg.model.decoder.memory_pruning = L(MemoryPruningConfig)(keep_ratio=0.5)
+    instantiate(cfg.model)
+    assert "memory_pruning saves D-FINE nothing" in caplog.text
 
 
 def test_built_by_detectron2():

@@ -52,6 +52,19 @@ def test_variants_are_trained_once_and_set_side_by_side(tmp_path, monkeypatch, c
     with pytest.raises(SystemExit):  # a longer run would be set beside shorter ones
         study.main([*options, "train.max_iter=3"])
     assert "dense_0 holds a run with other settings" in capsys.readouterr().err
+    (tmp_path / "study/DSET_0/settings.json").unlink()  # whatever run that was
+    with pytest.raises(SystemExit):
+        study.main(options)
+    assert "DSET_0 holds a run with other settings" in capsys.readouterr().err
+
+
+def test_a_run_that_did_not_start_can_be_corrected(tmp_path):
+    run = study.Run(DSET, ["train.max_itr=2"], tmp_path / "DSET_0")
+    study.claim(run)
+    with pytest.raises(RuntimeError, match="stdout.txt says why"):
+        study.train(run)
+    assert "train.max_iter" in (run.folder / "stdout.txt").read_text()
+    study.claim(run._replace(overrides=["train.max_iter=2"]))
 
 
 def test_a_variant_needs_a_name(capsys):

@@ -1,5 +1,7 @@
 """Decoder of D-FINE (https://arxiv.org/abs/2410.13842): distributions of edges, refined."""
 
+import logging
+
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
@@ -11,6 +13,8 @@ from .base import DETRDecoder, box_head, score_head
 from .denoising import Denoising
 from .distribution import EdgeDistribution
 from .rtdetr import TransformerDecoder, TransformerDecoderLayer
+
+logger = logging.getLogger(__name__)
 
 
 class Gate(nn.Module):
@@ -112,6 +116,8 @@ class DFINEDecoder(DETRDecoder):
             num_points=num_points,
             **shared,
         )
+        if self.memory_pruner is not None:
+            logger.warning("memory_pruning saves D-FINE nothing: it projects no values")
         if layer_scale < 1:
             raise ValueError(f"layer_scale={layer_scale} must be at least 1")
         scales = [1.0 if i <= self.eval_idx else layer_scale for i in range(num_layers)]
