@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).parent
 
 def load_config(path: str) -> DictConfig:
     """Load a config file of the user's, or one of the project's by its path from the root."""
-    return LazyConfig.load(path) if Path(path).is_file() else get_config(path)
+    file = Path(path).resolve()  # Detectron2 finds a config's parents from its own path
+    return LazyConfig.load(str(file)) if file.is_file() else get_config(path)
 
 
 def get_config(path: str) -> DictConfig:

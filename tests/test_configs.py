@@ -9,7 +9,7 @@ from detectron2.config import LazyConfig, instantiate
 from omegaconf import DictConfig
 
 import dset_d2
-from dset_d2.config import apply_overrides
+from dset_d2.config import apply_overrides, load_config
 
 from .conftest import make_inputs
 
@@ -68,6 +68,13 @@ def test_published_parameter_counts(name):
 def test_unknown_config_lists_its_neighbours():
     with pytest.raises(FileNotFoundError, match="rtdetrv2_r18_coco.py"):
         dset_d2.get_config("configs/rtdetr/rtdetrv2_r19_coco.py")
+
+
+def test_configs_load_from_within_their_folder(monkeypatch):
+    path = Path("projects/dset/configs/dset_s_dair_v2x.py")
+    cfg = dset_d2.get_config(str(path))
+    monkeypatch.chdir(Path(dset_d2.__file__).parent.parent / path.parent)
+    assert load_config(path.name) == cfg
 
 
 def test_misspelt_override_suggests_the_right_key():
