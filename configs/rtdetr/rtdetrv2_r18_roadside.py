@@ -28,7 +28,7 @@ lr_multiplier = L(flat_cosine)(max_iter="${train.max_iter}", warmup_iters=50, fl
 train.update(
     output_dir="./output/rtdetrv2_r18_roadside",
     seed=0,
-    max_iter=8 * epoch,
+    max_iter=7 * epoch,
     eval_period=4 * epoch,
     epoch_iters=epoch,
     best_metric="bbox/AP50",
