@@ -129,6 +129,7 @@ class TransformerEncoder(nn.Module):
         if index is None:
             return output
         if after:
+            # 0, not False: scatter's value cannot be a bool in a trace.
             self.dropped = torch.ones_like(x[..., 0], dtype=torch.bool).scatter(1, index, 0)
         pruned = x if self.pruner.config.restore == "bypass" else torch.zeros_like(x)
         return pruned.scatter(1, index[..., None].expand_as(output), output.to(x.dtype))
