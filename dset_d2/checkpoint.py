@@ -25,6 +25,8 @@ OPTIONAL = re.compile(r"\.num_batches_tracked$|^decoder\.distribution\.(up|reg_s
 
 # Older or other upstream names of the same parameters.
 RENAMES = (
+    # An FFN is a module of its own here.
+    (re.compile(r"(\.layers\.\d+)\.(linear[12])\."), r"\1.ffn.\2."),
     # RT-DETR v1 numbers what v2 names.
     (re.compile(r"^((?:encoder|decoder)\.input_proj\.\d+)\.0\."), r"\1.conv."),
     (re.compile(r"^((?:encoder|decoder)\.input_proj\.\d+)\.1\."), r"\1.norm."),

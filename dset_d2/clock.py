@@ -1,11 +1,33 @@
-"""The count of training steps, which all schedules read."""
+"""The count of training steps, and values that change over it."""
 
 import pickle
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.sharedctypes import RawValue
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+
+def ramp(step: int | None, start: int, end: int, first: float, last: float) -> float:
+    """``first`` before step ``start``, ``last`` from step ``end``, linear between.
+
+    ``step`` counts the training steps that are done; None is past all schedules.
+    """
+    if step is None or step >= end:
+        return last
+    if step <= start:
+        return first
+    return first + (last - first) * (step - start) / (end - start)
+
+
+def check_ramp(name: str, start: int, end: int) -> None:
+    """Raise a ``ValueError`` unless the steps are ordered."""
+    if not 0 <= start <= end:
+        raise ValueError(
+            f"{name}: start_step={start} and end_step={end} must satisfy 0 <= start <= end"
+        )
 
 
 class SharedStep:
@@ -39,31 +61,75 @@ shared_step = SharedStep()
 
 
 class TrainingClock(nn.Module):
-    """Counts training steps in a persistent buffer.
+    """Counts the training steps that are done, in a persistent buffer.
 
-    Checkpoints, averaged weights and foreign training loops therefore agree on it. The buffer
-    stays on the CPU wherever the model goes, so that reading it makes no GPU wait.
+    Checkpoints, averaged weights and foreign training loops therefore agree on it. A step is a
+    step of an optimizer that holds parameters of the clock's model, whatever forwards it took:
+    a hook on all optimizers counts them (:func:`count_step`).
+
+    Attributes:
+        steps: the buffer; stays on the CPU wherever the model goes.
+        step: its value, which may be read without a wait and inside of compiled graphs.
     """
+
+    _leader = None  # weak reference to the clock that data-loading workers follow
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-        # Workers of a resumed run prepare batches before its first step.
-        self.register_load_state_dict_post_hook(TrainingClock.share)
+        self.step = 0
+        self.register_load_state_dict_post_hook(TrainingClock.read)
 
-    def share(self, *_) -> None:
-        shared_step.value = int(self.steps)
+    def read(self, *_) -> None:
+        """Take over a value that was written to the buffer."""
+        self.set(int(self.steps))
+
+    def set(self, step: int) -> None:
+        self.step = step
+        self.steps.fill_(step)
+        if TrainingClock._leader is not None and TrainingClock._leader() is self:
+            shared_step.value = step
+
+    def lead(self) -> None:
+        """Let data-loading workers follow this clock, also when it is loaded."""
+        TrainingClock._leader = ref(self)
+        shared_step.value = self.step
+
+    def tick(self) -> None:
+        """Count a step."""
+        self.set(self.step + 1)
 
     def _apply(self, fn, recurse: bool = True) -> "TrainingClock":
         return self
 
-    def __int__(self) -> int:
-        """Steps that have begun."""
-        return int(self.steps)
 
-    def tick(self) -> int:
-        """Begin a training step and return how many were begun before it."""
-        step = int(self.steps)
-        self.steps += 1
-        shared_step.value = step
-        return step
+# Models that have begun to train, and those that each optimizer was seen to train.
+_training: WeakKeyDictionary[nn.Module, TrainingClock] = WeakKeyDictionary()
+_trained_by: WeakKeyDictionary[Optimizer, list] = WeakKeyDictionary()
+
+
+def begin_training(model: nn.Module, clock: TrainingClock) -> None:
+    """Count a model's steps from now on, and show them to the data-loading workers."""
+    if model not in _training:
+        _training[model] = clock
+        clock.lead()
+
+
+def count_step(optimizer: Optimizer, *_) -> None:
+    """Tick the clocks of the models that an optimizer trains, after its step."""
+    clocks = _trained_by.get(optimizer)
+    if clocks is None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        clocks = [
+            ref(clock)
+            for model, clock in _training.items()
+            if any(id(p) in held for p in model.parameters())
+        ]
+        if clocks:  # else its model may still begin to train
+            _trained_by[optimizer] = clocks
+    for clock in clocks:
+        if clock() is not None:
+            clock().tick()
+
+
+register_optimizer_step_post_hook(count_step)

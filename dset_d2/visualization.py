@@ -1,66 +1,16 @@
 """Pictures of what the sparse mechanisms do: kept tokens, experts on the image, their load."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import partial
-
 import cv2
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
-from .modeling.encoder.hybrid_encoder import TransformerEncoder
-from .modeling.sparse import MoE, TokenPruner
-from .modeling.sparse.collect import short_name
-from .modeling.sparse.moe import Routing, routing_statistics
+from .modeling.context import Record
+from .modeling.sparse import MoERecord, PruningRecord
 
 PALETTE = (np.array(matplotlib.colormaps["tab10"].colors) * 255).astype(np.uint8)  # one per expert
-
-
-class SparsityProbe(AbstractContextManager):
-    """Watches a model's encoders, pruners and routers while it runs on one image.
-
-    By short name, ``shapes`` has the (H, W) of each encoder's token map, ``kept`` the indices
-    (K,) of the tokens that each pruner kept, and ``routings`` the :class:`Routing` of each MoE
-    layer.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.shapes: dict[str, tuple[int, int]] = {}
-        self.kept: dict[str, np.ndarray] = {}
-        self.routings: dict[str, Routing] = {}
-        self.handles = []
-        for path, module in model.named_modules():
-            name = short_name(path)
-            if isinstance(module, TransformerEncoder):
-                self.watch(module, partial(self.see_shape, name))
-            elif isinstance(module, TokenPruner):
-                self.watch(module, partial(self.see_kept, name))
-            elif isinstance(module, MoE):
-                self.watch(module.router, partial(self.see_routing, name))
-
-    def watch(self, module: nn.Module, hook: Callable) -> None:
-        self.handles.append(module.register_forward_hook(hook))
-
-    def see_shape(self, name: str, module: nn.Module, arguments: tuple, output: Tensor) -> None:
-        self.shapes[name] = arguments[2]
-
-    def see_kept(self, name: str, module: nn.Module, arguments: tuple, output: tuple) -> None:
-        index, tokens = output[0], arguments[0].shape[1]
-        self.kept[name] = np.arange(tokens) if index is None else index[0].cpu().numpy()
-
-    def see_routing(self, name: str, module: nn.Module, arguments: tuple, output: Routing) -> None:
-        self.routings[name] = output
-
-    def encoder_of(self, layer: str) -> str | None:
-        """The encoder that an MoE layer belongs to; None for the decoder's layers."""
-        return next((name for name in self.shapes if layer.startswith(f"{name}_")), None)
-
-    def __exit__(self, *exception) -> None:
-        for handle in self.handles:
-            handle.remove()
 
 
 def upscale(cells: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -100,19 +50,24 @@ def draw_experts(
     return np.where(routed, image // 2 + colours // 2, image // 4)
 
 
-def sparsity_pictures(image: np.ndarray, probe: SparsityProbe) -> dict[str, np.ndarray]:
-    """(H, W, 3) pictures by name: kept tokens of each pruner, experts of each encoder layer."""
+def sparsity_pictures(image: np.ndarray, records: dict[str, Record]) -> dict[str, np.ndarray]:
+    """(H, W, 3) pictures by name: what each pruner kept, experts of each layer over a map.
+
+    Args:
+        records: what the model left (:func:`dset_d2.modeling.forward_context`) when it ran on the
+            one image.
+    """
     pictures = {}
-    for name, kept in probe.kept.items():
-        pictures[f"kept_{name}"] = draw_kept(image, probe.shapes[name], kept)
-    for name, routing in probe.routings.items():
-        if encoder := probe.encoder_of(name):
-            shape = probe.shapes[encoder]
-            experts = routing.experts[:, 0].cpu().numpy()
-            tokens = np.arange(shape[0] * shape[1])
-            if len(experts) < len(tokens):  # pruned in front of the layer
-                tokens = probe.kept[encoder]
-            pictures[f"expert_{name}"] = draw_experts(image, shape, tokens, experts)
+    for name, record in records.items():
+        place = name.partition("/")[2]
+        if isinstance(record, PruningRecord):
+            shape, kept = record.where.shape, record.kept_cells()[0].nonzero().flatten()
+            pictures[f"kept_{place}"] = draw_kept(image, shape, kept.cpu().numpy())
+        elif isinstance(record, MoERecord) and record.tokens is not None:
+            shape, index = record.tokens.shape, record.tokens.index
+            cells = np.arange(shape[0] * shape[1]) if index is None else index[0].cpu().numpy()
+            experts = record.routing.experts[:, 0].cpu().numpy()
+            pictures[f"expert_{place}"] = draw_experts(image, shape, cells, experts)
     return pictures
 
 
@@ -146,10 +101,16 @@ def rendered(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
-def mean_statistics(routings: dict[str, list[Routing]]) -> dict[str, dict[str, Tensor]]:
-    """Statistics of each layer, averaged over the routings of several images."""
+def routing_records(records: dict[str, Record]) -> dict[str, MoERecord]:
+    """Those of mixtures of experts, by place."""
+    found = ((name.partition("/")[2], record) for name, record in records.items())
+    return {place: record for place, record in found if isinstance(record, MoERecord)}
+
+
+def mean_statistics(records: dict[str, list[MoERecord]]) -> dict[str, dict[str, Tensor]]:
+    """Statistics of each layer, averaged over its records of several images."""
     means = {}
-    for name, seen in routings.items():
-        every = [routing_statistics(routing) for routing in seen]
-        means[name] = {key: sum(x[key] for x in every) / len(every) for key in every[0]}
+    for place, seen in records.items():
+        every = [record.statistics() for record in seen]
+        means[place] = {key: sum(x[key] for x in every) / len(every) for key in every[0]}
     return means

@@ -1,14 +1,16 @@
 import numpy as np
 import torch
 
+from dset_d2.modeling import forward_context
+from dset_d2.modeling.sparse import MoEConfig, MoERecord
 from dset_d2.modeling.sparse.moe import Routing
 from dset_d2.visualization import (
     PALETTE,
-    SparsityProbe,
     draw_experts,
     draw_kept,
     mean_statistics,
     plot_routing,
+    routing_records,
     sparsity_pictures,
 )
 
@@ -30,37 +32,32 @@ def test_cells_have_their_experts_colour():
     assert (drawn[:20, :20] == 50).all()  # not routed
 
 
-def test_probe_sees_what_the_model_did():
-    model = sparse_model(keep_ratio=0.5)
-    with SparsityProbe(model) as probe, torch.no_grad():
+def run(placement: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """What a model leaves of an image with 4 x 6 tokens, and the pictures of it."""
+    model = sparse_model(keep_ratio=0.5, placement=placement)
+    with forward_context(record=True) as context, torch.no_grad():
         model(make_inputs([(128, 192)]))
-    assert probe.shapes == {"encoder_0": (4, 6)}
-    assert len(probe.kept["encoder_0"]) == 12
-    assert probe.routings["encoder_0_0"].experts.shape == (12, 2)
-    assert probe.routings["decoder_2"].experts.shape == (30, 2)
-    assert probe.encoder_of("encoder_0_0") == "encoder_0"
-    assert probe.encoder_of("decoder_2") is None
-    assert all(not module._forward_hooks for module in model.modules())
-
     image = np.full((128, 192, 3), 200, np.uint8)
-    pictures = sparsity_pictures(image, probe)
+    return context.records, sparsity_pictures(image, context.records)
+
+
+def test_pictures_show_what_the_model_did():
+    records, pictures = run("before")
     assert pictures.keys() == {"kept_encoder_0", "expert_encoder_0_0"}
+    kept = records["pruning/encoder_0"].kept.index[0].tolist()
+    assert len(kept) == 12
     light = pictures["kept_encoder_0"][16::32, 16::32, 0].ravel() == 200
-    assert np.flatnonzero(light).tolist() == probe.kept["encoder_0"].tolist()
+    assert np.flatnonzero(light).tolist() == kept
     shown = pictures["expert_encoder_0_0"][16::32, 16::32].reshape(-1, 3)
-    first = probe.routings["encoder_0_0"].experts[:, 0].numpy()
-    expected = 100 + PALETTE[first] // 2
-    np.testing.assert_array_equal(shown[probe.kept["encoder_0"]], expected)
+    first = records["moe/encoder_0_0"].routing.experts[:, 0].numpy()
+    np.testing.assert_array_equal(shown[kept], 100 + PALETTE[first] // 2)
 
 
 def test_experts_are_drawn_on_all_tokens_if_pruning_follows_them():
-    model = sparse_model(keep_ratio=0.5, placement="after")
-    with SparsityProbe(model) as probe, torch.no_grad():
-        model(make_inputs([(128, 192)]))
-    assert len(probe.kept["encoder_0"]) == 12
-    pictures = sparsity_pictures(np.full((128, 192, 3), 200, np.uint8), probe)
+    records, pictures = run("after")
+    assert records["pruning/encoder_0"].kept.index.shape == (1, 12)
     shown = pictures["expert_encoder_0_0"][16::32, 16::32].reshape(-1, 3)
-    first = probe.routings["encoder_0_0"].experts[:, 0].numpy()
+    first = records["moe/encoder_0_0"].routing.experts[:, 0].numpy()
     np.testing.assert_array_equal(shown, 100 + PALETTE[first] // 2)
 
 
@@ -70,7 +67,9 @@ def test_load_and_coactivation_are_plotted():
         Routing(even, even, torch.full((4, 2), 0.5), torch.tensor(experts))
         for experts in ([[0, 1]] * 4, [[0, 2]] * 4)
     ]
-    statistics = mean_statistics({"decoder_0": routings})
+    records = [MoERecord(MoEConfig(3, 2), routing, None, None) for routing in routings]
+    assert routing_records({"moe/decoder_0": records[0]}) == {"decoder_0": records[0]}
+    statistics = mean_statistics({"decoder_0": records})
     torch.testing.assert_close(statistics["decoder_0"]["usage"], torch.tensor([0.5, 0.25, 0.25]))
     figure = plot_routing(statistics)
     top, bottom = figure.axes[:2]

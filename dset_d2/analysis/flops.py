@@ -19,6 +19,7 @@ from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
 from fvcore.nn.jit_handles import generic_activation_jit, get_shape
 from torch import nn
 
+from ..modeling import Knobs
 from .tracing import Inputs, analyse
 from .witness import observe
 
@@ -141,18 +142,19 @@ PRODUCTS = {
 }
 
 
-def count_flops(model: nn.Module, inputs: Inputs) -> FlopReport:
+def count_flops(model: nn.Module, inputs: Inputs, knobs: Knobs | None = None) -> FlopReport:
     """Count the multiply-adds of a model's inference on real inputs, whatever mode it is in.
 
     Args:
         inputs: a list of Detectron2's dicts; a (B, 3, H, W) normalised batch for the ``predict``
-            of a :class:`DETRDetector`; else the argument of any module, or a tuple of them.
+            of a detector; else the argument of any module, or a tuple of them.
+        knobs: what the call changes.
 
     Raises:
         ValueError: on an operator that is neither counted nor known to hold no multiply-adds,
             or if the model computes other products while it is traced.
     """
-    counts, unknown = analyse(FlopCountAnalysis, model, inputs, HANDLES)
+    counts, unknown = analyse(FlopCountAnalysis, model, inputs, HANDLES, knobs)
     if unknown[""]:
         name = min(unknown[""])
         module = max((m for m in unknown if name in unknown[m]), key=len)
@@ -163,7 +165,7 @@ def count_flops(model: nn.Module, inputs: Inputs) -> FlopReport:
     by_module = {name: int(sum(c.values())) for name, c in counts.items()}
     by_operator = {name: int(count) for name, count in counts[""].most_common()}
     traced = sum(count for name, count in by_operator.items() if name in PRODUCTS)
-    real = observe(model, inputs).products
+    real = observe(model, inputs, knobs).products
     if traced != real:
         raise ValueError(
             f"traced, the model's products take {traced} multiply-adds, untraced {real}: does a "

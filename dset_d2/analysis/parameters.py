@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..modeling import Knobs, forward_context
 from ..modeling.encoder.fusion_blocks import RepVggBlock
 from .tracing import Inputs
 from .witness import observe
@@ -22,24 +23,27 @@ class ParameterCount:
     active: int | None
 
 
-def count_parameters(model: nn.Module, inputs: Inputs) -> dict[str, ParameterCount]:
+def count_parameters(
+    model: nn.Module, inputs: Inputs, knobs: Knobs | None = None
+) -> dict[str, ParameterCount]:
     """Parameters per module name; "" is the whole, and shared parameters count once.
 
     What no kernel reads while the inputs are processed is not active: training-only heads,
     decoder layers above the one that is evaluated. A module of which only a part works on each
     token, such as a mixture of experts, declares that part by ``active_parameters() -> int``.
     """
-    read = observe(model, inputs).read
+    read = observe(model, inputs, knobs).read
     counts = {}
     declared = ()  # names begin with these inside of a module that declares its number
-    for name, module in model.named_modules():
-        total = sum(p.numel() for p in module.parameters())
-        if name.startswith(declared):
-            counts[name] = ParameterCount(total, None)
-            continue
-        counts[name] = ParameterCount(total, active_parameters(module, read, set()))
-        if hasattr(module, "active_parameters"):
-            declared += (f"{name}." if name else "",)
+    with forward_context(knobs=knobs or Knobs()):
+        for name, module in model.named_modules():
+            total = sum(p.numel() for p in module.parameters())
+            if name.startswith(declared):
+                counts[name] = ParameterCount(total, None)
+                continue
+            counts[name] = ParameterCount(total, active_parameters(module, read, set()))
+            if hasattr(module, "active_parameters"):
+                declared += (f"{name}." if name else "",)
     return counts
 
 

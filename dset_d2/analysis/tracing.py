@@ -11,28 +11,33 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from ..modeling import DETRDetector
-from ..modeling.detector import same_shape
+from ..modeling import Knobs, MetaArch, forward_context
 
 Inputs = Tensor | tuple | list[dict]
 
 
-def bind(model: nn.Module, inputs: Inputs) -> Callable[[], object]:
+def bind(model: nn.Module, inputs: Inputs, knobs: Knobs | None = None) -> Callable[[], object]:
     """The call that inference makes.
 
     Args:
         inputs: a list of Detectron2's dicts; a (B, 3, H, W) batch for the ``predict`` of a
-            :class:`DETRDetector`; else the argument of any other module, or a tuple of them.
+            detector; else the argument of any other module, or a tuple of them.
+        knobs: of the call.
     """
-    if isinstance(model, DETRDetector):
+    if isinstance(model, MetaArch):
         # Batches are made here: ImageList pads in another way while it is traced.
         batches = [(inputs,)]
         if isinstance(inputs, list):
-            groups = same_shape(inputs, model.backbone.size_divisibility)
+            groups = model.groups(inputs)
             batches = [model.preprocess([inputs[i] for i in group]) for group in groups]
-        return lambda: [model.predict(*batch) for batch in batches]
+        return lambda: [model.predict(*batch, knobs=knobs) for batch in batches]
     args = inputs if isinstance(inputs, tuple) else (inputs,)
-    return lambda: model(*args)
+
+    def call() -> object:
+        with forward_context(knobs=knobs or Knobs()):
+            return model(*args)
+
+    return call
 
 
 def tensors_in(values) -> Iterator[Tensor]:
@@ -91,10 +96,10 @@ class KeepAlive(TorchFunctionMode):
 class Forward(nn.Module):
     """A model's call without arguments and with only tensors returned, as tracing needs it."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs, knobs: Knobs | None) -> None:
         super().__init__()
         self.model = model
-        self.run = bind(model, inputs)
+        self.run = bind(model, inputs, knobs)
 
     def forward(self) -> tuple[Tensor, ...]:
         with KeepAlive() as alive:
@@ -107,6 +112,7 @@ def analyse(
     model: nn.Module,
     inputs: Inputs,
     handles: Mapping[str, Handle | None],
+    knobs: Knobs | None = None,
 ) -> tuple[dict[str, Counter], dict[str, Counter]]:
     """Trace inference and count with one of fvcore's analyses.
 
@@ -114,7 +120,7 @@ def analyse(
         Per module name ("" is the whole) the counts of each operator, and how often each
         operator was met that is neither counted nor declared free.
     """
-    analysis = kind(Forward(model, inputs), ()).set_op_handle(**handles)
+    analysis = kind(Forward(model, inputs, knobs), ()).set_op_handle(**handles)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     with inference(model):
         counts = analysis.by_module_and_operator()

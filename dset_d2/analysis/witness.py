@@ -5,6 +5,7 @@ from math import prod
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..modeling import Knobs
 from .tracing import Inputs, bind, inference, tensors_in
 
 # Where the two factors stand among the arguments of a product.
@@ -50,9 +51,9 @@ class Witness(TorchDispatchMode):
         return result
 
 
-def observe(model: nn.Module, inputs: Inputs) -> Witness:
+def observe(model: nn.Module, inputs: Inputs, knobs: Knobs | None = None) -> Witness:
     """Run inference untraced and report what it did."""
-    run = bind(model, inputs)
+    run = bind(model, inputs, knobs)
     with inference(model), Witness() as witness:
         run()
     return witness

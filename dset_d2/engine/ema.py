@@ -8,6 +8,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from ..clock import TrainingClock
+
 
 def tensors(model: nn.Module) -> Iterator[Tensor]:
     """Parameters and buffers, those included that no state dict holds."""
@@ -28,6 +30,7 @@ class ModelEMA:
         if not 0 <= decay < 1 or warmup <= 0:
             raise ValueError(f"decay={decay} must lie in [0, 1) and warmup={warmup} above 0")
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self.clocks = [m for m in self.module.modules() if isinstance(m, TrainingClock)]
         self.decay = decay
         self.warmup = warmup
         self.updates = 0
@@ -47,6 +50,8 @@ class ModelEMA:
             else:
                 average.copy_(value)
         torch._foreach_lerp_(averages, current, 1 - decay)
+        for clock in self.clocks:
+            clock.read()
 
     def state_dict(self) -> dict:
         return {"module": self.module.state_dict(), "updates": self.updates}

@@ -10,11 +10,12 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..data.mapper import read_image
+from ..modeling import forward_context
 from ..visualization import (
-    SparsityProbe,
     mean_statistics,
     plot_routing,
     rendered,
+    routing_records,
     sparsity_pictures,
 )
 from .ema import ModelEMA
@@ -51,14 +52,14 @@ class SparsityPictures(HookBase):
     """Shows in TensorBoard, every ``period`` steps, what a sparse model does with one image.
 
     Args:
-        record: dataset dict of the image.
+        dataset_dict: of the image.
         mapper: makes it the model's input.
     """
 
-    def __init__(self, period: int, model: nn.Module, record: dict, mapper: Callable) -> None:
+    def __init__(self, period: int, model: nn.Module, dataset_dict: dict, mapper: Callable) -> None:
         self.period = period
         self.model = model
-        self.record = record
+        self.dataset_dict = dataset_dict
         self.mapper = mapper
 
     @torch.no_grad()
@@ -66,12 +67,12 @@ class SparsityPictures(HookBase):
         if self.period <= 0 or (self.trainer.iter + 1) % self.period:
             return
         self.model.eval()
-        with SparsityProbe(self.model) as probe:
-            self.model([self.mapper(self.record)])
+        with forward_context(record=True) as context:
+            self.model([self.mapper(self.dataset_dict)])
         self.model.train()
-        pictures = sparsity_pictures(read_image(self.record["file_name"]), probe)
-        if probe.routings:
-            statistics = mean_statistics({name: [x] for name, x in probe.routings.items()})
+        pictures = sparsity_pictures(read_image(self.dataset_dict["file_name"]), context.records)
+        if routing := routing_records(context.records):
+            statistics = mean_statistics({place: [x] for place, x in routing.items()})
             pictures["experts"] = rendered(plot_routing(statistics))
         for name, picture in pictures.items():
             self.trainer.storage.put_image(name, picture.transpose(2, 0, 1))

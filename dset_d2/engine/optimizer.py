@@ -9,7 +9,9 @@ from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import LinearParamScheduler, ParamScheduler
 from torch import nn
 
-from ..modeling.freezing import drop_held_gradients
+from ..clock import begin_training
+from ..modeling import MetaArch
+from ..modeling.freezing import drop_dormant_gradients
 from ..modeling.lora import is_lora
 
 # Vectors and tokens that are decayed as little as biases and norms, by their last names.
@@ -37,12 +39,14 @@ def parameter_groups(
             backbone; low-rank updates, which start from nothing, count as the rest.
         layer_decay: learning rate of each of the ViT's blocks relative to the next one's.
     """
+    if isinstance(model, MetaArch):
+        begin_training(model, model.clock)
     vit = getattr(getattr(model, "backbone", None), "dinov3", None)
     depth = len(vit.blocks) if vit is not None else 0
 
     def factor(name: str) -> float:
         if name.startswith("encoder."):
-            return 1.0 if {"moe", "pruner"} & set(name.split(".")) else encoder_factor
+            return 1.0 if {"router", "experts", "pruner"} & set(name.split(".")) else encoder_factor
         if not name.startswith("backbone."):
             return 1.0
         if not name.startswith(VIT) or is_lora(name):
@@ -78,7 +82,7 @@ def build_adamw(
 ) -> torch.optim.AdamW:
     """AdamW that clips the norm of all gradients together before each step.
 
-    Clipping inside of ``step`` works with every trainer, and under AMP after unscaling. Held
+    Clipping inside of ``step`` works with every trainer, and under AMP after unscaling. Dormant
     parameters (see :mod:`dset_d2.modeling.freezing`) are left as they are.
     """
     if clip_norm <= 0:
@@ -92,7 +96,7 @@ def build_adamw(
     )
 
     def prepare(*_) -> None:
-        drop_held_gradients(parameters)
+        drop_dormant_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, clip_norm)
 
     optimizer.register_step_pre_hook(prepare)

@@ -1,7 +1,7 @@
-"""Parameters that are trained from some training step on, and held until then.
+"""Parameters that are trained from some training step on, and dormant until then.
 
 Optimizers and DDP take their parameters once, before training; freezing by ``requires_grad`` in
-the middle of a run reaches neither. Instead a held parameter takes part from the start: no
+the middle of a run reaches neither. Instead a dormant parameter takes part from the start: no
 gradient flows to it, DDP gets zeros in its place, and the optimizer drops those zeros before its
 step (:func:`dset_d2.engine.optimizer.build_adamw`). AdamW passes over a parameter without a
 gradient, whereas one of zeros would decay its weight and age its moments.
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from .lora import is_lora
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,64 @@ class FreezeConfig:
             raise ValueError(f"unfreeze_blocks={self.unfreeze_blocks} must be at least 1")
 
 
-def hold(parameters: Iterable[nn.Parameter], held: bool) -> None:
-    """Tell the optimizer whether to leave these parameters as they are."""
-    for parameter in parameters:
-        parameter.held = held
+class Phases:
+    """What of a ViT is trained at a training step.
+
+    Args:
+        vit: with ``blocks`` and a final ``norm``.
+        config: None trains all of it from the start.
+        first_lora: index of the first block with low-rank updates, which are always trained.
+    """
+
+    def __init__(self, vit: nn.Module, config: FreezeConfig | None, first_lora: int) -> None:
+        self.blocks = vit.blocks
+        self.config = config
+        self.first_lora = first_lora
+        self.late: list[nn.Module] = []  # what is trained from some step on
+        if config is None:
+            return
+        if config.unfreeze_blocks > len(vit.blocks):
+            raise ValueError(
+                f"unfreeze_blocks={config.unfreeze_blocks} exceeds the {len(vit.blocks)} blocks"
+            )
+        if config.unfreeze_step is not None:
+            self.late = [*vit.blocks[-config.unfreeze_blocks :], vit.norm]
+        later = {id(parameter) for parameter in self.late_parameters()}
+        for name, parameter in vit.named_parameters():
+            parameter.requires_grad = id(parameter) in later or is_lora(name)
+
+    def late_parameters(self) -> list[nn.Parameter]:
+        """Those that are dormant at first; low-rank updates never are."""
+        named = (pair for part in self.late for pair in part.named_parameters())
+        return [parameter for name, parameter in named if not is_lora(name)]
+
+    def unfrozen(self, step: int | None) -> bool:
+        """Whether the last blocks are trained; outside of training steps (None) they are not."""
+        if self.config is None:
+            return True
+        start = self.config.unfreeze_step
+        return start is not None and step is not None and step >= start
+
+    def begin_step(self, step: int | None) -> None:
+        """Follow the training step."""
+        unfrozen = self.unfrozen(step)
+        for part in self.late:
+            part.train(unfrozen)
+        for parameter in self.late_parameters():
+            parameter.dormant = not unfrozen
+
+    def first_trained(self, step: int | None) -> int:
+        """Index of the first block that gradients flow through; -1 if they go beyond."""
+        if self.config is None:
+            return -1
+        count = self.config.unfreeze_blocks if self.unfrozen(step) else 0
+        return min(len(self.blocks) - count, self.first_lora)
 
 
-def drop_held_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Take the gradients of held parameters away."""
+def drop_dormant_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Take the gradients of dormant parameters away."""
     for parameter in parameters:
-        if getattr(parameter, "held", False):
+        if getattr(parameter, "dormant", False):
             parameter.grad = None
 
 

@@ -3,6 +3,7 @@
 import functools
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -92,26 +93,41 @@ def constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(function)
     def wrapper(*args) -> Tensor:
-        capturing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return function(*args)
         with torch.inference_mode(False), torch.no_grad():
-            return function(*args) if capturing else cached(*args)
+            return cached(*args)
 
     return wrapper
 
 
-def valid_tokens(valid_ratio: Tensor, height: int, width: int) -> Tensor:
-    """Which tokens of a padded feature map hold some of the image.
+class Padding(NamedTuple):
+    """What of a padded batch is image, in whole pixels.
 
-    Args:
-        valid_ratio: (B, 2) share of the padded width and height that the image fills.
-
-    Returns:
-        (B, height * width) bool, row-major.
+    ``sizes`` and ``padded`` may both be of another scale than the images at hand: only their
+    ratio counts.
     """
-    device = valid_ratio.device
-    x = torch.arange(width, device=device) < valid_ratio[:, :1] * width
-    y = torch.arange(height, device=device) < valid_ratio[:, 1:] * height
-    return (y[:, :, None] & x[:, None, :]).flatten(1)
+
+    sizes: Tensor  # (B, 2) width and height of each image
+    padded: tuple[int, int]  # width and height of the batch
+
+    @property
+    def ratio(self) -> Tensor:
+        """(B, 2) share of the padded width and height that each image fills."""
+        return self.sizes / self.sizes.new_tensor(self.padded)
+
+    def cells(self, height: int, width: int) -> Tensor:
+        """(B, 2) columns and rows of a feature map that hold some of the image."""
+        scaled = self.sizes * self.sizes.new_tensor([width, height])
+        padded = self.sizes.new_tensor(self.padded)
+        return (scaled + padded - 1) // padded
+
+    def valid_tokens(self, height: int, width: int) -> Tensor:
+        """(B, height * width) bool, row-major: which tokens of a map hold some of the image."""
+        columns, rows = self.cells(height, width).split(1, dim=1)
+        x = torch.arange(width, device=columns.device) < columns
+        y = torch.arange(height, device=rows.device) < rows
+        return (y[:, :, None] & x[:, None, :]).flatten(1)
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:

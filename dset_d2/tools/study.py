@@ -31,8 +31,8 @@ from ..analysis.latency import measure
 from ..checkpoint import load_upstream
 from ..config import apply_overrides, load_config
 from ..files import write_atomically
-from ..modeling.sparse import TokenPruner
-from ..modeling.sparse.pruning import foreground
+from ..modeling import forward_context
+from ..modeling.sparse import PruningRecord
 from . import plot_curves
 from .common import UsageError, write_json
 
@@ -116,28 +116,19 @@ def foreground_recall(model: nn.Module, cfg: DictConfig) -> tuple[float, float] 
 
     The second is what a random choice would keep of the foreground. None without a pruner.
     """
-    pruners = [module for module in model.modules() if isinstance(module, TokenPruner)]
-    if not pruners:
-        return None
     mapper = instantiate(cfg.dataloader.test.mapper)
     mapper.is_train = True  # with the boxes, but the augmentation of the test
     found, wanted, kept, total = 0, 0, 0, 0
-
-    def count(module, arguments, output) -> None:
-        nonlocal found, wanted, kept, total
-        tokens, shape = arguments[:2]
-        keep = torch.zeros(tokens.shape[:2], dtype=torch.bool)
-        keep = keep.fill_(True) if output[0] is None else keep.scatter(1, output[0].cpu(), True)
-        mask = foreground([target], shape)
+    for dataset_dict in instantiate(cfg.dataloader.test.dataset):
+        inputs = mapper(dataset_dict)
+        with forward_context(record=True) as context:
+            model([inputs])
+        pruning = [r for r in context.records.values() if isinstance(r, PruningRecord)]
+        if not pruning:
+            return None
+        keep, mask = pruning[0].kept_cells(), pruning[0].foreground([model.target(inputs)])
         found, wanted = found + int((mask & keep).sum()), wanted + int(mask.sum())
         kept, total = kept + int(keep.sum()), total + keep.numel()
-
-    handle = pruners[0].register_forward_hook(count)
-    for record in instantiate(cfg.dataloader.test.dataset):
-        inputs = mapper(record)
-        target = {key: value.cpu() for key, value in model.target(inputs).items()}
-        model([inputs])
-    handle.remove()
     return found / max(wanted, 1), kept / total
 
 

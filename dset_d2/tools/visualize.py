@@ -26,7 +26,8 @@ from tqdm import tqdm
 from ..checkpoint import load_upstream
 from ..config import apply_overrides, load_config
 from ..data.mapper import read_image
-from ..visualization import SparsityProbe, mean_statistics, plot_routing, sparsity_pictures
+from ..modeling import forward_context
+from ..visualization import mean_statistics, plot_routing, routing_records, sparsity_pictures
 
 
 def draw_detections(image: np.ndarray, instances, metadata, threshold: float) -> np.ndarray:
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         image = read_image(record["file_name"])
         height, width = image.shape[:2]
         inputs = mapper(record) | {"height": height, "width": width}
-        with SparsityProbe(model) as probe:
+        with forward_context(record=True) as context:
             instances = model([inputs])[0]["instances"]
         drawn = draw_detections(image, instances, metadata, args.threshold)
         if "annotations" in record:
@@ -84,10 +85,10 @@ def main(argv: list[str] | None = None) -> None:
             drawn = np.concatenate([truth, drawn], axis=1)
         stem = Path(record["file_name"]).stem
         Image.fromarray(drawn).save(args.output / f"{stem}.png")
-        for name, picture in sparsity_pictures(image, probe).items():
+        for name, picture in sparsity_pictures(image, context.records).items():
             Image.fromarray(picture).save(args.output / f"{stem}_{name}.png")
-        for name, routing in probe.routings.items():
-            routings[name].append(routing)
+        for place, routing in routing_records(context.records).items():
+            routings[place].append(routing)
     if routings:
         plot_routing(mean_statistics(routings)).savefig(args.output / "experts.png", dpi=120)
     print(f"drawn to {args.output}")

@@ -4,9 +4,11 @@ import pytest
 import torch
 from detectron2.config import instantiate
 
-from dset_d2.clock import shared_step
+from dset_d2.modeling import Encoded
 from dset_d2.modeling.decoder.queries import make_anchors
 from dset_d2.modeling.encoder.hybrid_encoder import position_embedding
+from dset_d2.modeling.layers import Padding
+from dset_d2.modeling.sparse import TokenMap
 
 from ..conftest import make_inputs, make_targets, randomise, tiny_config, tiny_model
 
@@ -42,10 +44,10 @@ def test_padding_is_invisible_behind_the_backbone(method):
     padded = [torch.randn(1, 32, *shape) for shape in shapes_padded]
     for small, large in zip(memory_in, padded):
         large[..., : small.shape[2], : small.shape[3]] = small
-    ratio = torch.tensor([[2 / 3, 3 / 4]])
+    padding = Padding(torch.tensor([[128, 96]]), (192, 128))
     with torch.no_grad():
-        alone = model.decoder(memory_in)
-        among_padding = model.decoder(padded, valid_ratio=ratio)
+        alone = model.decoder(Encoded(memory_in))
+        among_padding = model.decoder(Encoded(padded, padding))
     for name, value in alone.items():
         distance = (value[0][:, None] - among_padding[name][0]).abs().amax(-1).amin(1)
         assert distance.max() < 1e-4, name
@@ -54,12 +56,13 @@ def test_padding_is_invisible_behind_the_backbone(method):
 def test_encoder_attention_ignores_padding(model):
     encoder = model.encoder.encoder[0]
     tokens = torch.randn(1, 4, 6, 32)
-    ratio = torch.tensor([[0.5, 0.75]])
+    padding = Padding(torch.tensor([[3, 3]]), (6, 4))
     position = position_embedding(4, 6, 32, 10000.0, tokens.device)
     alone_position = position.view(1, 4, 6, 32)[:, :3, :3].flatten(1, 2)
     with torch.no_grad():
-        masked = encoder(tokens.flatten(1, 2), position, (4, 6), ratio)
-        alone = encoder(tokens[:, :3, :3].flatten(1, 2), alone_position, (3, 3))
+        masked, _ = encoder(tokens.flatten(1, 2), position, TokenMap((4, 6), padding))
+        part = tokens[:, :3, :3].flatten(1, 2)
+        alone, _ = encoder(part, alone_position, TokenMap((3, 3)))
     torch.testing.assert_close(masked.view(1, 4, 6, 32)[:, :3, :3].flatten(1, 2), alone)
 
 
@@ -99,8 +102,8 @@ def test_position_embedding_of_rectangles_follows_rows_and_columns():
 
 def test_anchors_of_a_padded_image_are_those_of_the_image():
     alone = make_anchors([(4, 6)], torch.device("cpu")).view(4, 6, 4)
-    ratio = torch.tensor([[6 / 8, 4 / 5]])
-    padded = make_anchors([(5, 8)], torch.device("cpu"), ratio).view(5, 8, 4)
+    padding = Padding(torch.tensor([[6, 4]]), (8, 5))
+    padded = make_anchors([(5, 8)], torch.device("cpu"), padding).view(5, 8, 4)
     torch.testing.assert_close(padded[:4, :6], alone)
     assert padded[4].isinf().all() and padded[:, 6:].isinf().all()
 
@@ -196,28 +199,10 @@ def test_multi_scale_lasts_until_its_step():
     model.backbone.register_forward_pre_hook(lambda m, x: sizes.append(tuple(x[0].shape[2:])))
     for _ in range(9):
         model(make_inputs([(96, 192)]))
+        model.clock.tick()
     assert set(sizes[:6]) <= {(32, 64), (64, 96), (64, 128)} and len(set(sizes[:6])) > 1
     assert sizes[6:] == [(96, 192)] * 3
     assert int(model.clock.steps) == 9
-
-
-def test_clock_survives_a_checkpoint():
-    model = tiny_model().train()
-    for _ in range(3):
-        model.clock.tick()
-    other = tiny_model()
-    assert int(other.clock) == 0
-    shared_step.value = 0
-    other.load_state_dict(model.state_dict())
-    assert int(other.clock) == shared_step.value == 3
-    assert other.clock.tick() == 3 and int(other.clock.steps) == 4
-
-
-def test_losses_count_steps_in_any_loop():
-    model = tiny_model().train()
-    for step in range(1, 3):
-        model.compute_losses(torch.rand(1, 3, 64, 64), make_targets(1, 2))
-        assert int(model.clock) == step
 
 
 def test_frozen_norms_without_weights_are_told(caplog):

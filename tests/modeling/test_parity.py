@@ -54,7 +54,7 @@ def outputs(case):
     with torch.no_grad():
         features = model.backbone(images)
         features = [features[name] for name in model.encoder.in_features]
-        encoded = model.encoder(features)
+        encoded = model.encoder(features).features
         return features, encoded, model.predict(images)
 
 

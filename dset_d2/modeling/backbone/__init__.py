@@ -1,4 +1,5 @@
-from .dinov3 import DINOv3, PlainAdapter, SpatialTuningAdapter
+from .adapters import PlainAdapter, SpatialTuningAdapter
+from .dinov3 import DINOv3
 from .hgnetv2 import HGNetv2
 from .presnet import PResNet
 

@@ -10,7 +10,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 
 from ..layers import check_choice
-from .staged import StagedBackbone
+from .base import ConvBackbone
 
 
 class StageConfig(NamedTuple):
@@ -192,7 +192,7 @@ class HGStage(nn.Module):
 
 
 @BACKBONE_REGISTRY.register()
-class HGNetv2(StagedBackbone):
+class HGNetv2(ConvBackbone):
     """PP-HGNetV2.
 
     Args:

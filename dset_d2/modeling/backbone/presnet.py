@@ -8,7 +8,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 
 from ..layers import ConvNorm, check_choice
-from .staged import StagedBackbone
+from .base import ConvBackbone
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
@@ -69,7 +69,7 @@ class Stage(nn.Module):
 
 
 @BACKBONE_REGISTRY.register()
-class PResNet(StagedBackbone):
+class PResNet(ConvBackbone):
     """ResNet-vd with a deep stem.
 
     Args:

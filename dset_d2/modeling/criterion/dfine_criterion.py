@@ -6,9 +6,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from detectron2.config import configurable
 from torch import Tensor
 
 from ..layers import check_choice
+from ..registry import CRITERION_REGISTRY
 from .matcher import HungarianMatcher, Matches
 from .set_criterion import Pairs, SetCriterion, average_count, in_fp32, pair
 
@@ -29,11 +31,12 @@ def unite(matches: list[Matches]) -> Matches:
     return Matches(*torch.cat(united).unbind(1))
 
 
+@CRITERION_REGISTRY.register()
 class DFINECriterion(SetCriterion):
     """Adds fine-grained localisation (FGL) and decoupled distillation (DDF) to RT-DETR's losses.
 
     Args:
-        weights: factor per loss, keys ``vfl``, ``mal``, ``bbox``, ``giou``, ``fgl``, ``ddf``.
+        weights: factor per loss, keys as in ``default_weights``.
         classification: "vfl", or "mal" for the matchability-aware loss of DEIM
             (https://arxiv.org/abs/2412.04234).
         alpha, gamma: of the varifocal loss.
@@ -41,13 +44,14 @@ class DFINECriterion(SetCriterion):
         temperature: of the distillation, whose teacher is the last layer.
     """
 
-    terms = ("vfl", "mal", "bbox", "giou", "fgl", "ddf")
+    default_weights = {"vfl": 1.0, "mal": 1.0, "bbox": 5.0, "giou": 2.0, "fgl": 0.15, "ddf": 1.5}
 
+    @configurable
     def __init__(
         self,
         num_classes: int,
         matcher: HungarianMatcher,
-        weights: dict[str, float],
+        weights: dict[str, float] | None = None,
         classification: str = "vfl",
         alpha: float = 0.75,
         gamma: float = 2.0,

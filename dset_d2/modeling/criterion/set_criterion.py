@@ -4,11 +4,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from detectron2.config import configurable
 from detectron2.structures.boxes import Boxes, matched_pairwise_iou
 from detectron2.utils import comm
 from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
+from ..registry import CRITERION_REGISTRY
 from .matcher import HungarianMatcher, Matches
 
 
@@ -33,34 +35,42 @@ class Pairs(NamedTuple):
     iou: Tensor  # (M,) of the two, without gradient
 
 
+@CRITERION_REGISTRY.register()
 class SetCriterion(nn.Module):
     """Losses of a set of predictions after matching.
 
     Args:
         num_classes: number of object classes.
         matcher: assigns predictions to ground truth.
-        weights: factor per loss, keys ``vfl``, ``bbox`` and ``giou``.
+        weights: factor per loss, keys as in ``default_weights``.
         alpha, gamma: of the varifocal loss (https://arxiv.org/abs/2008.13367).
     """
 
-    terms = ("vfl", "bbox", "giou")
+    default_weights = {"vfl": 1.0, "bbox": 5.0, "giou": 2.0}
 
+    @configurable
     def __init__(
         self,
         num_classes: int,
         matcher: HungarianMatcher,
-        weights: dict[str, float],
+        weights: dict[str, float] | None = None,
         alpha: float = 0.75,
         gamma: float = 2.0,
     ) -> None:
         super().__init__()
-        if set(weights) != set(self.terms):
-            raise ValueError(f"weights={dict(weights)} must have the keys {', '.join(self.terms)}")
+        terms = self.default_weights
+        weights = weights or terms
+        if set(weights) != set(terms):
+            raise ValueError(f"weights={dict(weights)} must have the keys {', '.join(terms)}")
         self.num_classes = num_classes
         self.matcher = matcher
         self.weights = dict(weights)
         self.alpha = alpha
         self.gamma = gamma
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        return {"num_classes": cfg.MODEL.DECODER.NUM_CLASSES, "matcher": HungarianMatcher()}
 
     def forward(self, outputs: dict, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Weighted losses under upstream's names, in fp32 also under autocast.

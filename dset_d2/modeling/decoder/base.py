@@ -1,21 +1,92 @@
-"""What the decoders share: the choice of queries, denoising, and the grouping of their outputs."""
+"""What the decoders share: their layers, the choice of queries, denoising, and the grouping of
+their outputs."""
 
 import math
 from collections import OrderedDict
 
 import torch
+from detectron2.config import configurable
 from torch import Tensor, nn
 
-from ..layers import MLP, check_choice, gather_tokens, projection, valid_tokens
-from ..sparse import MemoryPruner, MemoryPruningConfig
+from ..context import Part, current
+from ..encoder import Encoded
+from ..ffn import make_ffn
+from ..layers import MLP, check_choice, gather_tokens, projection
+from ..sparse import MemoryPruner, MemoryPruningConfig, MoEConfig, moe_layers, prune
+from .deformable_attention import Memory, MSDeformableAttention
 from .denoising import Denoising, make_denoising
 from .queries import make_anchors
 
 
-class DETRDecoder(nn.Module):
-    """Selects the encoder's best tokens as queries, which a subclass refines layer by layer.
+class TransformerDecoderLayer(nn.Module):
+    """Self-attention, deformable cross-attention and FFN, each post-normalised."""
 
-    A subclass adds the layers, their heads and :meth:`refine`.
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        dim_feedforward: int,
+        dropout: float,
+        num_points: tuple[int, ...],
+        cross_attn_method: str,
+        moe: MoEConfig | None = None,
+        project_values: bool = True,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"hidden_dim={dim} must be divisible by num_heads={num_heads}")
+        self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout, batch_first=True)
+        self.dropout1 = nn.Dropout(dropout)
+        self.norm1 = nn.LayerNorm(dim)
+        self.cross_attn = MSDeformableAttention(
+            dim, num_heads, num_points, cross_attn_method, project=project_values
+        )
+        self.dropout2 = nn.Dropout(dropout)
+        self.norm2 = nn.LayerNorm(dim)
+        self.ffn = make_ffn(dim, dim_feedforward, "relu", dropout, moe)
+        self.dropout4 = nn.Dropout(dropout)
+        self.norm3 = nn.LayerNorm(dim)
+
+    def join(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Queries and what cross-attention read for them -> (B, Q, dim)."""
+        return self.norm2(x + attended)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.ffn(x)
+
+    def forward(
+        self,
+        x: Tensor,
+        reference: Tensor,
+        position: Tensor,
+        attn_mask: Tensor | None,
+        memory: Memory,
+    ) -> Tensor:
+        """(B, Q, dim) -> (B, Q, dim).
+
+        Args:
+            reference: (B, Q, 4) boxes cx, cy, w, h in [0, 1].
+            position: (B, Q, dim) added to the queries of both attentions and to the keys.
+            attn_mask: (Q, Q) bool, True where attention is blocked.
+            memory: what cross-attention reads.
+        """
+        query = x + position
+        attended, _ = self.self_attn(query, query, x, attn_mask=attn_mask, need_weights=False)
+        x = self.norm1(x + self.dropout1(attended))
+        x = self.join(x, self.dropout2(self.cross_attn(x + position, reference, memory)))
+        return self.norm3(x + self.dropout4(self.feed_forward(x)))
+
+
+class TransformerDecoder(nn.Module):
+    """The layers alone; what they share (heads, positions) belongs to the decoder around them."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+
+class DETRDecoder(Part):
+    """Selects the encoder's best tokens as queries, which a subclass refines layer by layer.
 
     Args:
         num_classes: number of object classes.
@@ -23,29 +94,45 @@ class DETRDecoder(nn.Module):
         num_layers: decoder layers that are trained.
         eval_idx: layer whose output inference returns; negative counts from the last.
         num_points: sampling points per level.
+        cross_attn_method: "default" (bilinear) or "discrete" sampling.
         query_select_method: "default" (best class score) or "agnostic" (one objectness score).
         num_denoising: positives of the denoising part; 0 turns it off.
+        moe: replaces the layers' FFNs by mixtures of experts.
         memory_pruning: lets cross-attention read only the tokens with the best scores.
+        box_outputs: numbers that each layer's box head puts out.
+        scales: width of each layer relative to ``hidden_dim``.
     """
 
+    kind = "decoder"
+    layer: type[TransformerDecoderLayer] = TransformerDecoderLayer
+    # The registered criterion that fits its predictions.
+    criterion: str
     # Whether features that have the decoder's width already are projected all the same.
     project_always = True
 
+    @configurable
     def __init__(
         self,
         *,
         num_classes: int,
-        in_channels: tuple[int, ...],
-        hidden_dim: int,
-        num_layers: int,
-        num_points: tuple[int, ...],
+        in_channels: tuple[int, ...] = (256, 256, 256),
+        hidden_dim: int = 256,
+        num_heads: int = 8,
+        num_layers: int = 6,
+        dim_feedforward: int = 1024,
+        dropout: float = 0.0,
+        num_points: tuple[int, ...] = (4, 4, 4),
+        cross_attn_method: str = "default",
         num_queries: int = 300,
         eval_idx: int = -1,
         query_select_method: str = "default",
         num_denoising: int = 100,
         label_noise_ratio: float = 0.5,
         box_noise_scale: float = 1.0,
+        moe: MoEConfig | None = None,
         memory_pruning: MemoryPruningConfig | None = None,
+        box_outputs: int = 4,
+        scales: list[float] | None = None,
     ) -> None:
         super().__init__()
         check_choice("query_select_method", query_select_method, ("default", "agnostic"))
@@ -60,6 +147,7 @@ class DETRDecoder(nn.Module):
             raise ValueError(f"num_denoising={num_denoising} must not be negative")
         self.num_classes = num_classes
         self.num_queries = num_queries
+        self.num_layers = num_layers
         self.eval_idx = eval_idx % num_layers
         self.num_denoising = num_denoising
         self.label_noise_ratio = label_noise_ratio
@@ -87,6 +175,25 @@ class DETRDecoder(nn.Module):
         )
         self.enc_bbox_head = box_head(hidden_dim)
 
+        scales = scales or [1.0] * num_layers
+        self.widths = [round(scale * hidden_dim) for scale in scales]
+        self.decoder = TransformerDecoder(
+            [
+                self.layer(
+                    width,
+                    num_heads,
+                    round(scale * dim_feedforward),
+                    dropout,
+                    num_points,
+                    cross_attn_method,
+                    experts,
+                )
+                for width, scale, experts in zip(self.widths, scales, moe_layers(moe, num_layers))
+            ]
+        )
+        self.dec_score_head = nn.ModuleList(score_head(w, num_classes) for w in self.widths)
+        self.dec_bbox_head = nn.ModuleList(box_head(w, box_outputs) for w in self.widths)
+
     @classmethod
     def from_config(cls, cfg) -> dict:
         node = cfg.MODEL.DECODER
@@ -106,38 +213,36 @@ class DETRDecoder(nn.Module):
             "num_denoising": node.NUM_DENOISING,
         }
 
-    def forward(
-        self,
-        features: list[Tensor],
-        targets: list[dict[str, Tensor]] | None = None,
-        valid_ratio: Tensor | None = None,
-        dropped: list[Tensor | None] | None = None,
-    ) -> dict:
+    def knob_limits(self) -> dict[str, float]:
+        return {"decoder_layers": self.num_layers, "num_queries": self.num_queries}
+
+    def last_layer(self) -> int:
+        """Index of the layer whose output inference returns in this call."""
+        layers = current().knobs.decoder_layers
+        return self.eval_idx if layers is None else layers - 1
+
+    def forward(self, encoded: Encoded, targets: list[dict[str, Tensor]] | None = None) -> dict:
         """Detect.
 
         Args:
-            features: (B, C_l, H_l, W_l) per level, finest first.
             targets: per image ``labels`` (n,) and ``boxes`` (n, 4) cx, cy, w, h in [0, 1];
                 needed in training if denoising is on.
-            valid_ratio: (B, 2) share of the padded width and height that each image fills.
-            dropped: (B, H_l * W_l) bool per level, True where the encoder pruned a token that
-                the decoder shall not read; None for all of a level, or of all levels, to be read.
 
         Returns:
             ``pred_logits`` (B, Q, C) and ``pred_boxes`` (B, Q, 4) cx, cy, w, h in [0, 1]; in
             training also ``aux_outputs`` (the earlier layers), ``enc_outputs`` (the selected
             tokens) and, with denoising, ``dn_outputs`` (all layers) and ``denoising``.
         """
-        features = [project(x) for project, x in zip(self.input_proj, features)]
+        features = [project(x) for project, x in zip(self.input_proj, encoded.features)]
         shapes = [tuple(x.shape[2:]) for x in features]
-        memory = torch.cat([x.flatten(2).transpose(1, 2) for x in features], dim=1)
-        valid = readable(features, valid_ratio, dropped)
-        content, reference, selected, best = self.select_queries(
-            memory, make_anchors(shapes, memory.device, valid_ratio), valid
+        tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in features], dim=1)
+        valid = readable(shapes, encoded)
+        content, reference, selected, scores = self.select_queries(
+            tokens, make_anchors(shapes, tokens.device, encoded.padding), valid
         )
         kept = None
         if self.memory_pruner is not None:
-            kept = self.memory_pruner(best, least=content.shape[1])
+            kept = self.memory_pruner(scores, least=content.shape[1])
 
         denoising = None
         if self.training and self.num_denoising > 0:
@@ -156,16 +261,12 @@ class DETRDecoder(nn.Module):
             content,
             reference.sigmoid(),
             denoising.attn_mask if denoising else None,
-            memory=memory if kept is None else gather_tokens(memory, kept),
-            shapes=shapes,
-            kept=kept,
-            valid=valid,
-            valid_ratio=valid_ratio,
+            Memory(prune(tokens, kept), shapes, kept, valid, encoded.padding),
         )
         return self.collect(layers, selected, denoising)
 
     def select_queries(
-        self, memory: Tensor, anchors: Tensor, valid: Tensor | None
+        self, tokens: Tensor, anchors: Tensor, valid: Tensor | None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
         """Content (B, Q, dim) and box logits (B, Q, 4) of the tokens with the best scores, their
         predictions, and the scores (B, N) of all tokens.
@@ -174,20 +275,20 @@ class DETRDecoder(nn.Module):
         they are. The box head runs on the selected tokens alone. An image with fewer tokens than
         ``num_queries`` has as many queries as tokens.
         """
-        tokens = self.enc_output(memory * anchors[..., :1].isfinite())
-        scores = self.enc_score_head(tokens)
-        best = scores.max(-1).values
+        tokens = self.enc_output(tokens * anchors[..., :1].isfinite())
+        logits = self.enc_score_head(tokens)
+        scores = logits.max(-1).values
         if valid is not None:
-            best = best.masked_fill(~valid, -torch.inf)
-        _, index = best.topk(min(self.num_queries, best.shape[1]), dim=1)
+            scores = scores.masked_fill(~valid, -torch.inf)
+        num_queries = current().knobs.num_queries or self.num_queries
+        _, index = scores.topk(min(num_queries, scores.shape[1]), dim=1)
         content = gather_tokens(tokens, index)
-        anchors = gather_tokens(anchors.expand(len(memory), -1, -1), index)
-        reference = self.enc_bbox_head(content).float() + anchors
-        selected = {"pred_logits": gather_tokens(scores, index), "pred_boxes": reference.sigmoid()}
-        return content.detach(), reference.detach(), selected, best.detach()
+        reference = self.enc_bbox_head(content).float() + prune(anchors, index)
+        selected = {"pred_logits": gather_tokens(logits, index), "pred_boxes": reference.sigmoid()}
+        return content.detach(), reference.detach(), selected, scores.detach()
 
     def refine(
-        self, content: Tensor, reference: Tensor, attn_mask: Tensor | None, **memory
+        self, content: Tensor, reference: Tensor, attn_mask: Tensor | None, memory: Memory
     ) -> list[dict[str, Tensor]]:
         """Run the layers.
 
@@ -195,10 +296,10 @@ class DETRDecoder(nn.Module):
             content: (B, Q, dim).
             reference: (B, Q, 4) boxes cx, cy, w, h in [0, 1].
             attn_mask: (Q, Q) bool, True where attention is blocked.
-            memory: what :class:`MSDeformableAttention` reads.
+            memory: what cross-attention reads.
 
         Returns:
-            The predictions of all layers in training, else those of one.
+            The predictions of all layers in training, else those of :meth:`last_layer`.
         """
         raise NotImplementedError
 
@@ -223,18 +324,17 @@ class DETRDecoder(nn.Module):
         return outputs
 
 
-def readable(
-    features: list[Tensor], valid_ratio: Tensor | None, dropped: list[Tensor | None] | None
-) -> Tensor | None:
+def readable(shapes: list[tuple[int, int]], encoded: Encoded) -> Tensor | None:
     """(B, N) bool of the tokens of all levels that are neither padding nor dropped; None: all."""
-    dropped = dropped or [None] * len(features)
-    if valid_ratio is None and all(mask is None for mask in dropped):
+    padding, dropped = encoded.padding, encoded.dropped or [None] * len(shapes)
+    if padding is None and all(mask is None for mask in dropped):
         return None
     levels = []
-    for x, mask in zip(features, dropped):
-        valid = torch.ones(len(x), x.shape[2] * x.shape[3], dtype=torch.bool, device=x.device)
-        if valid_ratio is not None:
-            valid = valid_tokens(valid_ratio, *x.shape[2:])
+    for (height, width), feature, mask in zip(shapes, encoded.features, dropped):
+        if padding is not None:
+            valid = padding.valid_tokens(height, width)
+        else:
+            valid = feature.new_ones(len(feature), height * width, dtype=torch.bool)
         levels.append(valid if mask is None else valid & ~mask)
     return torch.cat(levels, dim=1)
 

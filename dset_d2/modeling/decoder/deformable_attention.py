@@ -3,21 +3,41 @@ with a number of points per level and a sampling without interpolation
 (https://arxiv.org/abs/2407.17140)."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import check_choice
+from ..layers import Padding, check_choice
+from ..sparse import restore
 
 
-def sample_bilinear(value: Tensor, locations: Tensor, extent: Tensor | None) -> Tensor:
+class Memory(NamedTuple):
+    """What cross-attention reads: the tokens of all levels, flattened and joined.
+
+    Attributes:
+        tokens: (B, sum H_l * W_l, dim), or (B, K, dim) of those in ``kept``.
+        shapes: (H_l, W_l) of every level.
+        kept: (B, K) indices of the tokens that were not pruned; the others' values are 0.
+        valid: (B, sum H_l * W_l) bool, False where nothing may be read.
+        padding: which of the batch is image.
+    """
+
+    tokens: Tensor
+    shapes: list[tuple[int, int]]
+    kept: Tensor | None = None
+    valid: Tensor | None = None
+    padding: Padding | None = None
+
+
+def sample_bilinear(value: Tensor, locations: Tensor, cells: Tensor | None) -> Tensor:
     """Bilinear samples of one level; zero outside of the map.
 
     Args:
         value: (N, C, H, W).
         locations: (N, Q, P, 2) x, y in [0, 1] of the map.
-        extent: (N, 2) x, y in [0, 1] where the image ends and padding begins, None if nowhere.
+        cells: (N, 2) columns and rows that are image, not padding; None: all.
 
     Returns:
         (N, C, Q, P)
@@ -25,21 +45,20 @@ def sample_bilinear(value: Tensor, locations: Tensor, extent: Tensor | None) -> 
     return F.grid_sample(value, 2 * locations - 1, align_corners=False)
 
 
-def sample_discrete(value: Tensor, locations: Tensor, extent: Tensor | None) -> Tensor:
+def sample_discrete(value: Tensor, locations: Tensor, cells: Tensor | None) -> Tensor:
     """Values of single cells, for runtimes without ``grid_sample``; arguments as above.
 
     Upstream rounds ``location * size`` to the nearest integer, which lies half a cell beside the
     bilinear sample; released weights expect that. It clamps x by the height, which only squares
     forgive; here each axis has its own bound.
     """
-    cells = []
+    nearest = []
     for axis, size in enumerate((value.shape[3], value.shape[2])):
         cell = (locations[..., axis] * size + 0.5).long().clamp(0, size - 1)
-        if extent is not None:
-            last = (extent[:, axis] * size).ceil().long() - 1
-            cell = torch.minimum(cell, last[:, None, None])
-        cells.append(cell)
-    x, y = cells
+        if cells is not None:
+            cell = torch.minimum(cell, cells[:, axis, None, None] - 1)
+        nearest.append(cell)
+    x, y = nearest
     index = (y * value.shape[3] + x).flatten(1)[:, None]
     samples = value.flatten(2).gather(2, index.expand(-1, value.shape[1], -1))
     return samples.unflatten(2, locations.shape[1:3])
@@ -104,38 +123,24 @@ class MSDeformableAttention(nn.Module):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
-    def forward(
-        self,
-        query: Tensor,
-        reference: Tensor,
-        memory: Tensor,
-        shapes: list[tuple[int, int]],
-        kept: Tensor | None = None,
-        valid: Tensor | None = None,
-        valid_ratio: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, query: Tensor, reference: Tensor, memory: Memory) -> Tensor:
         """Attend from queries to the flattened levels.
 
         Args:
             query: (B, Q, dim).
             reference: (B, Q, 4) boxes cx, cy, w, h in [0, 1] of the image.
-            memory: (B, sum H_l * W_l, dim), or (B, K, dim) of the tokens in ``kept``.
-            shapes: (H_l, W_l) of every level.
-            kept: (B, K) indices of the tokens that were not pruned; the others' values are 0.
-            valid: (B, sum H_l * W_l) bool, False on padding.
-            valid_ratio: (B, 2) share of the padded width and height that the image fills.
 
         Returns:
             (B, Q, dim)
         """
         batch, queries = query.shape[:2]
-        heads = self.num_heads
-        value = self.value_proj(memory)
-        if kept is not None:
+        heads, shapes, padding = self.num_heads, memory.shapes, memory.padding
+        value = self.value_proj(memory.tokens)
+        if memory.kept is not None:
             empty = value.new_zeros(batch, sum(h * w for h, w in shapes), value.shape[2])
-            value = empty.scatter(1, kept[..., None].expand_as(value), value)
-        if valid is not None:
-            value = value * valid[..., None]
+            value = restore(empty, memory.kept, value)
+        if memory.valid is not None:
+            value = value * memory.valid[..., None]
         value = value.transpose(1, 2).reshape(batch * heads, -1, value.shape[1])
 
         offsets = self.sampling_offsets(query).view(batch, queries, heads, -1, 2)
@@ -145,15 +150,14 @@ class MSDeformableAttention(nn.Module):
         reference = reference.float()[:, :, None, None]
         scale = self.num_points_scale[:, None] * self.offset_scale
         locations = reference[..., :2] + offsets.float() * scale * reference[..., 2:]
-        extent = None
-        if valid_ratio is not None:
-            locations = locations * valid_ratio[:, None, None, None]
-            extent = valid_ratio.repeat_interleave(heads, dim=0)
+        if padding is not None:
+            locations = locations * padding.ratio[:, None, None, None]
         locations = locations.transpose(1, 2).flatten(0, 1)
 
         sampled = []
         levels = value.float().split([h * w for h, w in shapes], dim=2)
         for level, points, shape in zip(levels, locations.split(self.num_points, dim=2), shapes):
-            sampled.append(self.sample(level.unflatten(2, shape), points, extent))
+            cells = None if padding is None else padding.cells(*shape).repeat_interleave(heads, 0)
+            sampled.append(self.sample(level.unflatten(2, shape), points, cells))
         output = (torch.cat(sampled, dim=-1) * weights).sum(-1).to(value.dtype)
         return self.output_proj(output.view(batch, -1, queries).transpose(1, 2))

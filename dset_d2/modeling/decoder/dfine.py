@@ -8,11 +8,11 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 
 from ..layers import MLP, inverse_sigmoid
-from ..sparse import MoEConfig, moe_layers
-from .base import DETRDecoder, box_head, score_head
+from ..registry import DECODER_REGISTRY
+from .base import DETRDecoder, TransformerDecoderLayer, box_head
+from .deformable_attention import Memory
 from .denoising import Denoising
 from .distribution import EdgeDistribution
-from .rtdetr import TransformerDecoder, TransformerDecoderLayer
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +43,9 @@ class GatedDecoderLayer(TransformerDecoderLayer):
     def join(self, x: Tensor, attended: Tensor) -> Tensor:
         return self.gateway(x, attended)
 
-    def ffn(self, x: Tensor) -> Tensor:
+    def feed_forward(self, x: Tensor) -> Tensor:
         # Infinities of half precision become its largest numbers, as upstream's do.
-        return super().ffn(x).clamp(-65504, 65504)
+        return super().feed_forward(x).clamp(-65504, 65504)
 
 
 class LQE(nn.Module):
@@ -69,11 +69,12 @@ class LQE(nn.Module):
         return logits + self.reg_conf(statistics.flatten(2))
 
 
-def widen(x: Tensor, dim: int) -> Tensor:
+def repeat_channels(x: Tensor, dim: int) -> Tensor:
     """Repeat channels: (B, N, C) -> (B, N, dim)."""
     return x if x.shape[-1] == dim else F.interpolate(x, size=dim)
 
 
+@DECODER_REGISTRY.register()
 class DFINEDecoder(DETRDecoder):
     """Refines, layer by layer, how each edge is distributed around one first box.
 
@@ -81,66 +82,42 @@ class DFINEDecoder(DETRDecoder):
         layer_scale: width of the layers above ``eval_idx``, which only training has, relative
             to ``hidden_dim``; at least 1.
         reg_max, up, reg_scale: see :class:`EdgeDistribution`.
-        cross_attn_method: "default" (bilinear) or "discrete" sampling.
-        moe: replaces the layers' FFNs by mixtures of experts.
-        shared: see :class:`DETRDecoder`.
+        settings: see :class:`DETRDecoder`.
     """
 
+    layer = GatedDecoderLayer
+    criterion = "DFINECriterion"
     project_always = False
 
     @configurable
     def __init__(
         self,
         *,
-        num_classes: int,
-        in_channels: tuple[int, ...] = (256, 256, 256),
-        hidden_dim: int = 256,
-        num_heads: int = 8,
         num_layers: int = 6,
-        dim_feedforward: int = 1024,
-        dropout: float = 0.0,
+        eval_idx: int = -1,
         num_points: tuple[int, ...] = (3, 6, 3),
-        cross_attn_method: str = "default",
         layer_scale: float = 1.0,
         reg_max: int = 32,
         up: float = 0.5,
         reg_scale: float = 4.0,
-        moe: MoEConfig | None = None,
-        **shared,
+        **settings,
     ) -> None:
+        if layer_scale < 1:
+            raise ValueError(f"layer_scale={layer_scale} must be at least 1")
+        last = eval_idx % num_layers
         super().__init__(
-            num_classes=num_classes,
-            in_channels=in_channels,
-            hidden_dim=hidden_dim,
             num_layers=num_layers,
+            eval_idx=eval_idx,
             num_points=num_points,
-            **shared,
+            box_outputs=4 * (reg_max + 1),
+            scales=[1.0 if i <= last else layer_scale for i in range(num_layers)],
+            **settings,
         )
         if self.memory_pruner is not None:
             logger.warning("memory_pruning saves D-FINE nothing: it projects no values")
-        if layer_scale < 1:
-            raise ValueError(f"layer_scale={layer_scale} must be at least 1")
-        scales = [1.0 if i <= self.eval_idx else layer_scale for i in range(num_layers)]
-        self.widths = [round(scale * hidden_dim) for scale in scales]
-        self.decoder = TransformerDecoder(
-            [
-                GatedDecoderLayer(
-                    width,
-                    num_heads,
-                    round(scale * dim_feedforward),
-                    dropout,
-                    num_points,
-                    cross_attn_method,
-                    experts,
-                )
-                for width, scale, experts in zip(self.widths, scales, moe_layers(moe, num_layers))
-            ]
-        )
         self.decoder.lqe_layers = nn.ModuleList(LQE() for _ in range(num_layers))
         self.distribution = EdgeDistribution(reg_max, up, reg_scale)
-        self.pre_bbox_head = box_head(hidden_dim)
-        self.dec_score_head = nn.ModuleList(score_head(w, num_classes) for w in self.widths)
-        self.dec_bbox_head = nn.ModuleList(box_head(w, 4 * (reg_max + 1)) for w in self.widths)
+        self.pre_bbox_head = box_head(self.widths[0])
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -152,7 +129,7 @@ class DFINEDecoder(DETRDecoder):
         }
 
     def refine(
-        self, content: Tensor, reference: Tensor, attn_mask: Tensor | None, **memory
+        self, content: Tensor, reference: Tensor, attn_mask: Tensor | None, memory: Memory
     ) -> list[dict[str, Tensor]]:
         """As in the base class; in training the first entry is the box that layers start from."""
         layers = []
@@ -161,10 +138,10 @@ class DFINEDecoder(DETRDecoder):
         corners = 0.0  # logits of the bins
         for index, layer in enumerate(self.decoder.layers):
             width = self.widths[index]
-            position = widen(self.query_pos_head(reference).clamp(-10, 10), width)
-            content, previous = widen(content, width), widen(previous, width)
-            memory["memory"] = widen(memory["memory"], width)
-            content = layer(content, reference, position, attn_mask, **memory)
+            position = repeat_channels(self.query_pos_head(reference).clamp(-10, 10), width)
+            content, previous = repeat_channels(content, width), repeat_channels(previous, width)
+            memory = memory._replace(tokens=repeat_channels(memory.tokens, width))
+            content = layer(content, reference, position, attn_mask, memory)
             logits = self.dec_score_head[index](content)
             if index == 0:
                 delta = self.pre_bbox_head(content).float()
@@ -175,12 +152,12 @@ class DFINEDecoder(DETRDecoder):
             corners = corners + self.dec_bbox_head[index](content + previous).float()
             probabilities = corners.unflatten(-1, (4, -1)).softmax(-1)
             boxes = self.distribution.decode(first, probabilities)
-            if self.training or index == self.eval_idx:
+            if self.training or index == self.last_layer():
                 logits = self.decoder.lqe_layers[index](logits, probabilities)
                 layers.append({"pred_logits": logits, "pred_boxes": boxes})
             if self.training:
                 layers[-1] |= {"pred_corners": corners, "ref_points": first}
-            elif index == self.eval_idx:
+            elif index == self.last_layer():
                 return layers[-1:]
             reference, previous = boxes.detach(), content.detach()
         return layers

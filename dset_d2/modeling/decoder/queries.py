@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..layers import constant
+from ..layers import Padding, constant
 
 
 @constant
@@ -33,19 +33,16 @@ def anchor_logits(anchors: Tensor) -> Tensor:
 
 
 def make_anchors(
-    shapes: list[tuple[int, int]], device: torch.device, valid_ratio: Tensor | None = None
+    shapes: list[tuple[int, int]], device: torch.device, padding: Padding | None = None
 ) -> Tensor:
     """Anchor boxes of all tokens as logits, (1 or B, sum H_l * W_l, 4).
 
     Coordinates are relative to the image, not to its padding; an anchor on padding lies outside
     of [0, 1] and so counts as invalid (infinite), like those close to the border.
-
-    Args:
-        valid_ratio: (B, 2) share of the padded width and height that each image fills.
     """
     shapes = tuple(tuple(shape) for shape in shapes)
-    if valid_ratio is None:
+    if padding is None:
         return square_anchors(shapes, device)
     centres = cell_centres(shapes, device)
-    xy = centres[..., :2] / valid_ratio[:, None]
+    xy = centres[..., :2] / padding.ratio[:, None]
     return anchor_logits(torch.cat([xy, centres[..., 2:].expand_as(xy)], dim=-1))

@@ -1,4 +1,4 @@
-from .build import ENCODER_REGISTRY, build_encoder
+from .base import Encoded
 from .hybrid_encoder import HybridEncoder
 
-__all__ = ["ENCODER_REGISTRY", "HybridEncoder", "build_encoder"]
+__all__ = ["Encoded", "HybridEncoder"]

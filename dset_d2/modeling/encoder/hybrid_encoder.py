@@ -6,17 +6,20 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor, nn
 
-from ..layers import (
-    ConvNorm,
-    activation,
-    check_choice,
-    constant,
-    gather_tokens,
-    projection,
-    valid_tokens,
+from ..context import forward_context
+from ..ffn import make_ffn
+from ..layers import ConvNorm, Padding, check_choice, constant, projection
+from ..registry import ENCODER_REGISTRY
+from ..sparse import (
+    MoEConfig,
+    PruningConfig,
+    TokenMap,
+    TokenPruner,
+    moe_layers,
+    prune,
+    restore,
 )
-from ..sparse import MoE, MoEConfig, PruningConfig, TokenPruner, moe_layers
-from .build import ENCODER_REGISTRY
+from .base import Encoded
 from .fusion_blocks import CSPRepLayer, RepNCSPELAN4, SCDown
 
 
@@ -54,25 +57,11 @@ class TransformerEncoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout, batch_first=True)
-        self.moe = None
-        if moe is not None:
-            self.moe = MoE(moe, dim, dim_feedforward, act)
-        else:
-            self.linear1 = nn.Linear(dim, dim_feedforward)
-            self.dropout = nn.Dropout(dropout)
-            self.linear2 = nn.Linear(dim_feedforward, dim)
-            self.activation = activation(act)
-            nn.init.xavier_uniform_(self.linear1.weight)
-            nn.init.xavier_uniform_(self.linear2.weight)
+        self.ffn = make_ffn(dim, dim_feedforward, act, dropout, moe)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.dropout1 = nn.Dropout(dropout)
         self.dropout2 = nn.Dropout(dropout)
-
-    def ffn(self, x: Tensor, padding: Tensor | None) -> Tensor:
-        if self.moe is not None:
-            return self.moe(x, None if padding is None else ~padding)
-        return self.linear2(self.dropout(self.activation(self.linear1(x))))
 
     def forward(self, x: Tensor, position: Tensor, padding: Tensor | None = None) -> Tensor:
         """(B, N, dim) tokens and (1 or B, N, dim) positions -> (B, N, dim).
@@ -83,7 +72,7 @@ class TransformerEncoderLayer(nn.Module):
         query = x + position
         attended, _ = self.self_attn(query, query, x, key_padding_mask=padding, need_weights=False)
         x = self.norm1(x + self.dropout1(attended))
-        return self.norm2(x + self.dropout2(self.ffn(x, padding)))
+        return self.norm2(x + self.dropout2(self.ffn(x)))
 
 
 class TransformerEncoder(nn.Module):
@@ -93,51 +82,37 @@ class TransformerEncoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.pruner = pruner
-        # (B, H * W) bool of the last forward: pruned behind the layers; None: no token.
-        self.dropped: Tensor | None = None
 
-    def forward(
-        self,
-        x: Tensor,
-        position: Tensor,
-        shape: tuple[int, int],
-        valid_ratio: Tensor | None = None,
-    ) -> Tensor:
-        """(B, H * W, dim) tokens and (1, H * W, dim) positions -> (B, H * W, dim).
+    def forward(self, x: Tensor, position: Tensor, where: TokenMap) -> tuple[Tensor, Tensor | None]:
+        """(B, H * W, dim) tokens and (1, H * W, dim) positions of a whole map.
 
-        Args:
-            shape: (H, W).
-            valid_ratio: (B, 2) share of W and H that each image fills, None if all of it.
+        Returns:
+            (B, H * W, dim), and (B, H * W) bool of the tokens that no decoder shall read: those
+            that were pruned behind the layers; None if there are none.
         """
-        valid = None if valid_ratio is None else valid_tokens(valid_ratio, *shape)
-        self.dropped = None
         if self.pruner is None:
-            return self.run(x, position, valid)
+            return self.run(x, position, where), None
         after = self.pruner.config.placement == "after"
-        output = self.run(x, position, valid) if after else x
-        index, gate = self.pruner(output, shape, valid, valid_ratio)
-        if index is not None:
-            output = gather_tokens(output, index)
+        output = self.run(x, position, where) if after else x
+        index, gate = self.pruner(output, where)
+        output = prune(output, index)
         if gate is not None:
             output = output * gate
-        if not after and index is None:
-            output = self.run(output, position, valid)
-        elif not after:
-            position = gather_tokens(position.expand(len(x), -1, -1), index)
-            valid = None if valid is None else valid.gather(1, index)
-            output = self.run(output, position, valid)
-        if index is None:
-            return output
-        if after:
+        if not after:
+            output = self.run(output, prune(position, index), where.prune(index))
+        full = x if self.pruner.config.restore == "bypass" else torch.zeros_like(x)
+        dropped = None
+        if after and index is not None:
             # 0, not False: scatter's value cannot be a bool in a trace.
-            self.dropped = torch.ones_like(x[..., 0], dtype=torch.bool).scatter(1, index, 0)
-        pruned = x if self.pruner.config.restore == "bypass" else torch.zeros_like(x)
-        return pruned.scatter(1, index[..., None].expand_as(output), output.to(x.dtype))
+            dropped = torch.ones_like(x[..., 0], dtype=torch.bool).scatter(1, index, 0)
+        return restore(full, index, output), dropped
 
-    def run(self, x: Tensor, position: Tensor, valid: Tensor | None) -> Tensor:
+    def run(self, x: Tensor, position: Tensor, where: TokenMap) -> Tensor:
+        valid = where.valid
         padding = None if valid is None else ~valid
-        for layer in self.layers:
-            x = layer(x, position, padding)
+        with forward_context(tokens=where):
+            for layer in self.layers:
+                x = layer(x, position, padding)
         return x
 
 
@@ -198,8 +173,6 @@ class HybridEncoder(nn.Module):
         self.use_encoder_idx = list(use_encoder_idx)
         self.pe_temperature = pe_temperature
         self.input_proj = nn.ModuleList(projection(c, hidden_dim) for c in in_channels)
-        # Of the last forward, per scale: (B, H * W) bool of tokens that no decoder shall read.
-        self.dropped: list[Tensor | None] = [None] * len(in_channels)
         self.encoder = nn.ModuleList()
         for _ in use_encoder_idx:
             layers = [
@@ -244,30 +217,25 @@ class HybridEncoder(nn.Module):
             "depth_mult": node.DEPTH_MULT,
         }
 
-    def forward(self, features: list[Tensor], valid_ratio: Tensor | None = None) -> list[Tensor]:
-        """Features, finest first, (B, C_i, H_i, W_i) -> as many of (B, hidden_dim, H_i, W_i).
-
-        Args:
-            valid_ratio: (B, 2) share of the padded width and height that each image fills;
-                None if no image is padded.
-        """
+    def forward(self, features: list[Tensor], padding: Padding | None = None) -> Encoded:
+        """Features, finest first, (B, C_i, H_i, W_i) -> as many of (B, hidden_dim, H_i, W_i)."""
         features = [project(x) for project, x in zip(self.input_proj, features)]
+        dropped: list[Tensor | None] = [None] * len(features)
         for index, encoder in zip(self.use_encoder_idx, self.encoder):
-            features[index] = self.intra_scale(encoder, features[index], valid_ratio)
-            self.dropped[index] = encoder.dropped
-        return self.cross_scale(features)
+            features[index], dropped[index] = self.intra_scale(encoder, features[index], padding)
+        return Encoded(self.cross_scale(features), padding, dropped)
 
     def intra_scale(
-        self, encoder: nn.Module, feature: Tensor, valid_ratio: Tensor | None
-    ) -> Tensor:
-        """Self-attention among the tokens of one scale (AIFI)."""
+        self, encoder: TransformerEncoder, feature: Tensor, padding: Padding | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Self-attention among the tokens of one scale (AIFI); see its ``forward``."""
         height, width = feature.shape[2:]
         position = position_embedding(
             height, width, self.hidden_dim, self.pe_temperature, feature.device
         )
         tokens = feature.flatten(2).transpose(1, 2)
-        tokens = encoder(tokens, position, (height, width), valid_ratio)
-        return tokens.transpose(1, 2).unflatten(2, (height, width)).contiguous()
+        tokens, dropped = encoder(tokens, position, TokenMap((height, width), padding))
+        return tokens.transpose(1, 2).unflatten(2, (height, width)).contiguous(), dropped
 
     def cross_scale(self, features: list[Tensor]) -> list[Tensor]:
         """Top-down, then bottom-up fusion (CCFF)."""

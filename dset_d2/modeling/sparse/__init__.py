@@ -1,20 +1,28 @@
 """Sparse mechanisms, each written once and used by every part that can be sparse."""
 
-from .collect import clear_records, sparse_losses, sparse_statistics
-from .moe import MoE, MoEConfig, moe_layers
-from .pruning import MemoryPruner, MemoryPruningConfig, PruningConfig, TokenPruner
-from .schedule import set_step
+from .moe import MoE, MoEConfig, MoERecord, moe_layers
+from .pruning import (
+    MemoryPruner,
+    MemoryPruningConfig,
+    PruningConfig,
+    PruningRecord,
+    TokenMap,
+    TokenPruner,
+    prune,
+    restore,
+)
 
 __all__ = [
     "MemoryPruner",
     "MemoryPruningConfig",
     "MoE",
     "MoEConfig",
+    "MoERecord",
     "PruningConfig",
+    "PruningRecord",
+    "TokenMap",
     "TokenPruner",
-    "clear_records",
     "moe_layers",
-    "set_step",
-    "sparse_losses",
-    "sparse_statistics",
+    "prune",
+    "restore",
 ]

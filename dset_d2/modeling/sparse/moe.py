@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from ...clock import check_ramp, ramp
+from ..context import Part, current
 from ..layers import activation, check_choice
-from .schedule import Scheduled, check_ramp
+from .pruning import TokenMap
 
 DISPATCHES = ("auto", "sorted", "grouped_mm", "dense")
 
@@ -106,19 +108,18 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """Linear router in fp32; softmax, top-k, gates renormalised to sum to 1."""
 
-    def __init__(self, dim: int, num_experts: int, top_k: int) -> None:
+    def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__()
-        self.top_k = top_k
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         nn.init.normal_(self.weight, std=0.02)
 
-    def forward(self, x: Tensor, temperature: float = 1.0) -> Routing:
+    def forward(self, x: Tensor, top_k: int, temperature: float = 1.0) -> Routing:
         """(T, dim) -> :class:`Routing`."""
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())
             probabilities = (logits / temperature).softmax(-1)
-            gates, experts = probabilities.topk(self.top_k, dim=-1)
-            if self.top_k == 1:
+            gates, experts = probabilities.topk(top_k, dim=-1)
+            if top_k == 1:
                 gates = gates / gates.detach()  # 1, and still a gradient for the router
             else:
                 gates = gates / gates.sum(-1, keepdim=True)
@@ -202,13 +203,34 @@ def choose_dispatch(x: Tensor) -> str:
 
 
 class MoERecord(NamedTuple):
-    """What a training forward leaves for the losses and the log."""
+    """What a forward leaves of a mixture of experts.
 
+    Attributes:
+        valid: (T,) bool, False on padding, which counts for nothing.
+        tokens: where the tokens stand; None for queries.
+    """
+
+    config: MoEConfig
     routing: Routing
-    valid: Tensor | None  # (T,) bool, False on padding
+    valid: Tensor | None
+    tokens: TokenMap | None
+
+    def losses(self, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Weighted balance and z-losses."""
+        weight = self.config.balance_weight
+        if self.config.top_k == 1:
+            weight = max(weight, 0.1)
+        return {
+            "balance": weight * balance_loss(self.routing, self.valid),
+            "z": self.config.z_loss_weight * z_loss(self.routing, self.valid),
+        }
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Usage (E,), mean entropy () in nats and co-activation (E, E)."""
+        return routing_statistics(self.routing, self.valid)
 
 
-class MoE(Scheduled):
+class MoE(Part):
     """A mixture-of-experts FFN in place of a dense one.
 
     Args:
@@ -217,49 +239,41 @@ class MoE(Scheduled):
         act: activation of the experts: "relu", "gelu" or "silu".
     """
 
+    kind = "moe"
+
     def __init__(self, config: MoEConfig, dim: int, dim_feedforward: int, act: str) -> None:
         super().__init__()
         self.config = config
-        self.router = Router(dim, config.num_experts, config.top_k)
+        self.router = Router(dim, config.num_experts)
         width = config.width(dim_feedforward)
         self.experts = GroupedExperts(dim, width, config.num_experts, act)
-        self.record: MoERecord | None = None
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """(..., dim) -> (..., dim).
-
-        Args:
-            valid: (...) bool, False on padding, which the balance shall not count.
-        """
-        config = self.config
-        temperature = self.ramped(config.start_step, config.end_step, config.temperature, 1.0)
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., dim)."""
+        config, context = self.config, current()
         flat = x.reshape(-1, x.shape[-1])
-        routing = self.router(flat, temperature)
-        if self.training:
-            self.record = MoERecord(routing, None if valid is None else valid.flatten())
+        temperature = ramp(
+            context.step, config.start_step, config.end_step, config.temperature, 1.0
+        )
+        routing = self.router(flat, self.top_k(), temperature)
+        if context.records is not None:
+            valid = None if context.tokens is None else context.tokens.valid
+            valid = None if valid is None else valid.flatten()
+            context.leave(self.record_name, MoERecord(config, routing, valid, context.tokens))
         dispatch = choose_dispatch(flat) if config.dispatch == "auto" else config.dispatch
         return self.experts(flat, routing, dispatch).view_as(x)
+
+    def top_k(self) -> int:
+        """Experts per token in this call."""
+        return current().knobs.top_k or self.config.top_k
+
+    def knob_limits(self) -> dict[str, float]:
+        return {"top_k": self.config.num_experts}
 
     def active_parameters(self) -> int:
         """Parameters that one token uses: the router and ``top_k`` experts."""
         experts = sum(p.numel() for p in self.experts.parameters())
-        share = self.config.top_k / self.config.num_experts
-        return self.router.weight.numel() + round(experts * share)
-
-    def losses(self) -> dict[str, Tensor]:
-        """Weighted balance and z-losses of the last training forward."""
-        routing, valid = self.record
-        weight = self.config.balance_weight
-        if self.config.top_k == 1:
-            weight = max(weight, 0.1)
-        return {
-            "balance": weight * balance_loss(routing, valid),
-            "z": self.config.z_loss_weight * z_loss(routing, valid),
-        }
-
-    def statistics(self) -> dict[str, Tensor]:
-        """Usage (E,), mean entropy () in nats and co-activation (E, E) of the last forward."""
-        return routing_statistics(*self.record)
+        return self.router.weight.numel() + experts * self.top_k() // self.config.num_experts
 
 
 def chosen(routing: Routing) -> Tensor:

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import MLP, check_choice
-from .schedule import Scheduled, check_ramp
+from ...clock import check_ramp, ramp
+from ..context import Part, current
+from ..layers import MLP, Padding, check_choice, gather_tokens
 
 PRIOR_SIZE = 16  # cells per side of the learnable prior, which is resized to the feature map
 
@@ -96,19 +97,115 @@ def best_tokens(scores: Tensor, count: int) -> Tensor:
     return scores.topk(count, dim=1).indices.sort(dim=1).values
 
 
-class PruningRecord(NamedTuple):
-    """What a training forward leaves for the losses and the log."""
+def prune(tokens: Tensor | None, index: Tensor | None) -> Tensor | None:
+    """Keep some of the tokens, or of what belongs to them: positions, rotations, padding.
 
-    scores: Tensor  # (B, N) logits
-    tokens: Tensor  # (B, N, dim)
+    Args:
+        tokens: (B or 1, N, C) or (B or 1, N).
+        index: (B, K) of those to keep; None keeps all.
+
+    Returns:
+        (B, K, C) or (B, K).
+    """
+    if tokens is None or index is None:
+        return tokens
+    tokens = tokens.expand(len(index), *tokens.shape[1:])
+    return tokens.gather(1, index) if tokens.dim() == 2 else gather_tokens(tokens, index)
+
+
+def restore(full: Tensor, index: Tensor | None, tokens: Tensor) -> Tensor:
+    """Put kept tokens (B, K, C) back to their places ``index`` among all, ``full`` (B, N, C)."""
+    if index is None:
+        return tokens
+    return full.scatter(1, index[..., None].expand_as(tokens), tokens.to(full.dtype))
+
+
+class TokenMap(NamedTuple):
+    """Where tokens stand: on which cells of a feature map.
+
+    Attributes:
+        shape: (H, W) of the map.
+        padding: which of the map is image; None: all of it.
+        index: (B, N) row-major cells of the tokens; None: one token on each cell, in order.
+    """
+
     shape: tuple[int, int]
-    valid: Tensor | None  # (B, N) bool, False on padding
-    valid_ratio: Tensor | None  # (B, 2)
-    index: Tensor | None  # (B, K) of the kept tokens; None if all are
+    padding: Padding | None = None
+    index: Tensor | None = None
+
+    @property
+    def valid(self) -> Tensor | None:
+        """(B, N) bool, False for tokens on padding; None if there is none."""
+        if self.padding is None:
+            return None
+        return prune(self.padding.valid_tokens(*self.shape), self.index)
+
+    def prune(self, index: Tensor | None) -> "TokenMap":
+        """The map of the tokens that an index (B, K) keeps of these."""
+        if index is None:
+            return self
+        return self._replace(index=index if self.index is None else self.index.gather(1, index))
 
 
-class TokenPruner(Scheduled):
-    """Scores the tokens of one feature map and chooses those that stay."""
+class PruningRecord(NamedTuple):
+    """What a forward leaves of a token pruner.
+
+    Attributes:
+        scores: (B, N) logits; None where nothing had to be chosen.
+        tokens: (B, N, dim) among which was chosen.
+        where: where these stand.
+        kept: where those stand that were kept.
+    """
+
+    config: PruningConfig
+    scores: Tensor | None
+    tokens: Tensor
+    where: TokenMap
+    kept: TokenMap
+
+    def losses(self, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Weighted losses of the scorer; those with weight 0 are left out.
+
+        Args:
+            targets: per image ``boxes`` (n, 4) cx, cy, w, h in [0, 1].
+        """
+        config, valid = self.config, self.where.valid
+        losses = {}
+        if config.foreground_weight:
+            wanted = self.foreground(targets).to(self.scores)
+            entropy = F.binary_cross_entropy_with_logits(self.scores, wanted, reduction="none")
+            losses["foreground"] = config.foreground_weight * valid_mean(entropy, valid)
+        if config.sparsity_weight:
+            mean = valid_mean(self.scores.sigmoid(), valid)
+            losses["sparsity"] = config.sparsity_weight * mean
+        if config.diversity_weight:
+            alike = similarity(self.tokens, self.scores, valid)
+            losses["diversity"] = config.diversity_weight * alike
+        return losses
+
+    def foreground(self, targets: list[dict[str, Tensor]]) -> Tensor:
+        """(B, N) bool: tokens whose cell a ground-truth box touches."""
+        return prune(foreground(targets, self.where.shape, self.where.padding), self.where.index)
+
+    def kept_cells(self) -> Tensor:
+        """(B, H * W) bool: cells of the map whose token was kept."""
+        cells = torch.zeros(len(self.tokens), math.prod(self.where.shape), dtype=torch.bool)
+        cells = cells.to(self.tokens.device)
+        index = self.kept.index
+        return ~cells if index is None else cells.scatter(1, index, True)
+
+    def statistics(self) -> dict[str, float]:
+        """Share of the map's cells whose token was kept."""
+        cells = math.prod(self.where.shape)
+        return {
+            "keep_ratio": (cells if self.kept.index is None else self.kept.index.shape[1]) / cells
+        }
+
+
+class TokenPruner(Part):
+    """Scores tokens of one feature map and chooses those that stay."""
+
+    kind = "pruning"
 
     def __init__(self, config: PruningConfig, dim: int) -> None:
         super().__init__()
@@ -116,84 +213,67 @@ class TokenPruner(Scheduled):
         self.scorer = MLP(dim, 128, 1, 2)
         if config.spatial_prior:
             self.prior = nn.Parameter(torch.zeros(1, 1, PRIOR_SIZE, PRIOR_SIZE))
-        self.record: PruningRecord | None = None
 
     def ratio(self) -> float:
-        """The share of tokens kept at the present step."""
-        config = self.config
-        return self.ramped(config.start_step, config.end_step, 1.0, config.keep_ratio)
+        """The share of the map's tokens that is kept in this call."""
+        config, context = self.config, current()
+        scheduled = ramp(context.step, config.start_step, config.end_step, 1.0, config.keep_ratio)
+        return context.knobs.keep_ratio or scheduled
 
-    def scores(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
+    def knob_limits(self) -> dict[str, float]:
+        return {"keep_ratio": 1.0}
+
+    def scores(self, tokens: Tensor, where: TokenMap) -> Tensor:
         """Logits (B, N) of how much each token is worth."""
         scores = self.scorer(tokens).squeeze(-1).float()
         if self.config.spatial_prior:
-            prior = F.interpolate(self.prior, size=shape, mode="bilinear", align_corners=False)
-            scores = scores + prior.flatten(1)
+            prior = F.interpolate(
+                self.prior, size=where.shape, mode="bilinear", align_corners=False
+            )
+            scores = scores + prune(prior.flatten(1), where.index)
         return scores
 
-    def forward(
-        self,
-        tokens: Tensor,
-        shape: tuple[int, int],
-        valid: Tensor | None = None,
-        valid_ratio: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Choose among tokens (B, N, dim) of a map of ``shape`` (H, W).
+    def forward(self, tokens: Tensor, where: TokenMap) -> tuple[Tensor | None, Tensor | None]:
+        """Choose among tokens (B, N, dim).
+
+        Args:
+            where: the cells that they stand on; of another pruner's, if it has thinned them.
 
         Returns:
             Indices (B, K) of the kept tokens in spatial order, None if all are kept; and their
             gates (B, K, 1), 1 in value with a gradient for the scorer, None without need.
         """
-        total = tokens.shape[1]
-        count = keep_count(self.ratio(), total, self.config.min_tokens)
-        if count == total and not self.training:
-            return None, None
-        scores = self.scores(tokens, shape)
-        index = None
+        total, cells = tokens.shape[1], math.prod(where.shape)
+        count = min(total, keep_count(self.ratio(), cells, self.config.min_tokens))
+        scores = index = None
+        if count < total or self.training:
+            scores = self.scores(tokens, where)
         if count < total:
+            valid = where.valid
             ranked = scores if valid is None else scores.masked_fill(~valid, -torch.inf)
             index = best_tokens(ranked, count)
-        if self.training:
-            self.record = PruningRecord(scores, tokens, shape, valid, valid_ratio, index)
+        context = current()
+        if context.records is not None:
+            kept = where.prune(index)
+            record = PruningRecord(self.config, scores, tokens, where, kept)
+            context.leave(self.record_name, record)
         if not (self.training and self.config.gate):
             return index, None
-        kept = scores if index is None else scores.gather(1, index)
-        worth = kept.sigmoid()[..., None]
+        worth = prune(scores, index).sigmoid()[..., None]
         return index, 1 + (worth - worth.detach())
 
-    def losses(self, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Weighted losses of the last training forward; those with weight 0 are left out.
 
-        Args:
-            targets: per image ``boxes`` (n, 4) cx, cy, w, h in [0, 1].
-        """
-        record, config = self.record, self.config
-        losses = {}
-        if config.foreground_weight:
-            wanted = foreground(targets, record.shape, record.valid_ratio).to(record.scores)
-            entropy = F.binary_cross_entropy_with_logits(record.scores, wanted, reduction="none")
-            losses["foreground"] = config.foreground_weight * valid_mean(entropy, record.valid)
-        if config.sparsity_weight:
-            mean = valid_mean(record.scores.sigmoid(), record.valid)
-            losses["sparsity"] = config.sparsity_weight * mean
-        if config.diversity_weight:
-            losses["diversity"] = config.diversity_weight * similarity(record)
-        return losses
-
-    def statistics(self) -> dict[str, float]:
-        """Share of tokens kept in the last training forward."""
-        kept = (
-            self.record.tokens.shape[1] if self.record.index is None else self.record.index.shape[1]
-        )
-        return {"keep_ratio": kept / self.record.tokens.shape[1]}
-
-
-class MemoryPruner(Scheduled):
+class MemoryPruner(Part):
     """Chooses the tokens of all levels that the decoder's cross-attention can read."""
+
+    kind = "memory"
 
     def __init__(self, config: MemoryPruningConfig) -> None:
         super().__init__()
         self.config = config
+
+    def knob_limits(self) -> dict[str, float]:
+        return {"memory_ratio": 1.0}
 
     def forward(self, scores: Tensor, least: int) -> Tensor | None:
         """Indices (B, K) of the tokens with the best scores (B, N), at least ``least`` of them.
@@ -201,9 +281,9 @@ class MemoryPruner(Scheduled):
         In spatial order; None if all are kept. The scores are the encoder's class scores, which
         have a loss of their own, so that no gate is needed.
         """
-        config = self.config
-        ratio = self.ramped(config.start_step, config.end_step, 1.0, config.keep_ratio)
-        count = keep_count(ratio, scores.shape[1], least)
+        config, context = self.config, current()
+        ratio = ramp(context.step, config.start_step, config.end_step, 1.0, config.keep_ratio)
+        count = keep_count(context.knobs.memory_ratio or ratio, scores.shape[1], least)
         return None if count == scores.shape[1] else best_tokens(scores, count)
 
 
@@ -215,7 +295,7 @@ def valid_mean(values: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def foreground(
-    targets: list[dict[str, Tensor]], shape: tuple[int, int], valid_ratio: Tensor | None = None
+    targets: list[dict[str, Tensor]], shape: tuple[int, int], padding: Padding | None = None
 ) -> Tensor:
     """(B, H * W) bool: tokens whose cell a ground-truth box touches, at least one per box."""
     height, width = shape
@@ -224,8 +304,8 @@ def foreground(
         centre, half = target["boxes"].float().split(2, dim=1)
         low, high = centre - half / 2, centre + half / 2
         size = low.new_tensor([width, height])
-        if valid_ratio is not None:
-            size = size * valid_ratio[image]
+        if padding is not None:
+            size = size * padding.ratio[image]
         low, high = low * size, high * size  # in cells
         x = torch.arange(width, device=low.device)
         y = torch.arange(height, device=low.device)
@@ -235,12 +315,12 @@ def foreground(
     return torch.stack(masks)
 
 
-def similarity(record: PruningRecord) -> Tensor:
+def similarity(tokens: Tensor, scores: Tensor, valid: Tensor | None) -> Tensor:
     """Mean squared cosine among tokens, weighted by their scores; small if they differ."""
-    directions = F.normalize(record.tokens.detach().float(), dim=-1)
-    worth = record.scores.sigmoid()
-    if record.valid is not None:
-        worth = worth * record.valid
+    directions = F.normalize(tokens.detach().float(), dim=-1)
+    worth = scores.sigmoid()
+    if valid is not None:
+        worth = worth * valid
     worth = worth / worth.sum(1, keepdim=True).clamp(min=1e-6)
     squared = (directions @ directions.transpose(1, 2)) ** 2
     return torch.einsum("bi,bij,bj->b", worth, squared, worth).mean()

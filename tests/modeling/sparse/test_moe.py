@@ -11,14 +11,17 @@ from omegaconf import DictConfig
 from torch.nn.parallel import DistributedDataParallel
 
 from dset_d2.analysis import count_flops
+from dset_d2.modeling import Knobs, forward_context
+from dset_d2.modeling.layers import Padding
+from dset_d2.modeling.sparse import TokenMap
 from dset_d2.modeling.sparse.moe import (
     MoE,
     MoEConfig,
+    MoERecord,
     Routing,
     balance_loss,
     moe_layers,
     routing_statistics,
-    z_loss,
 )
 
 from ...conftest import in_two_processes
@@ -35,9 +38,15 @@ def make(num_experts=4, top_k=2, act="relu", dim=16, dim_feedforward=32, **setti
     return moe
 
 
+def recorded(moe: MoE, x: torch.Tensor) -> MoERecord:
+    with forward_context(record=True) as context:
+        moe(x)
+    return context.records["moe"]
+
+
 def by_definition(moe: MoE, x: torch.Tensor) -> torch.Tensor:
     """Token by token, as the papers write it."""
-    routing = moe.router(x)
+    routing = moe.router(x, moe.config.top_k)
     rows = []
     for token, gates, experts in zip(x, routing.gates, routing.experts):
         row = torch.zeros_like(token)
@@ -137,9 +146,9 @@ def test_balance_loss_balances():
     optimizer = torch.optim.Adam(moe.router.parameters(), lr=0.05)
     usage = []
     for _ in range(100):
-        moe(x)
-        usage.append(moe.statistics()["usage"].max().item())
-        loss = moe.losses()["balance"]
+        record = recorded(moe, x)
+        usage.append(record.statistics()["usage"].max().item())
+        loss = record.losses([])["balance"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -155,26 +164,26 @@ def test_task_trains_the_router_also_at_top_1():
 
 def test_losses_and_their_weights():
     moe = make(4, 2, balance_weight=0.05, z_loss_weight=0.01)
-    moe(torch.randn(30, 16))
-    routing, valid = moe.record
-    losses = moe.losses()
-    torch.testing.assert_close(losses["balance"], 0.05 * balance_loss(routing, valid))
-    expected = 0.01 * (routing.logits.exp().sum(-1).log() ** 2).mean()
+    record = recorded(moe, torch.randn(30, 16))
+    losses = record.losses([])
+    torch.testing.assert_close(losses["balance"], 0.05 * balance_loss(record.routing))
+    expected = 0.01 * (record.routing.logits.exp().sum(-1).log() ** 2).mean()
     torch.testing.assert_close(losses["z"], expected)
-    single = make(4, 1, balance_weight=0.05)
-    single(torch.randn(30, 16))
-    torch.testing.assert_close(single.losses()["balance"], 0.1 * balance_loss(*single.record))
+    single = recorded(make(4, 1, balance_weight=0.05), torch.randn(30, 16))
+    torch.testing.assert_close(single.losses([])["balance"], 0.1 * balance_loss(single.routing))
 
 
 def test_padding_counts_for_nothing():
     moe = make()
     x = torch.randn(2, 6, 16)
-    valid = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
-    moe(x, valid)
-    padded = (balance_loss(*moe.record), z_loss(*moe.record), moe.statistics())
-    moe(torch.cat([x[0], x[1, :2]]))
-    plain = (balance_loss(*moe.record), z_loss(*moe.record), moe.statistics())
-    torch.testing.assert_close(padded, plain)
+    where = TokenMap((1, 6), Padding(torch.tensor([[6, 1], [2, 1]]), (6, 1)))
+    with forward_context(tokens=where):
+        padded = recorded(moe, x)
+    plain = recorded(moe, torch.cat([x[0], x[1, :2]]))
+    for part in ("losses", "statistics"):
+        arguments = ([],) if part == "losses" else ()
+        values = [getattr(record, part)(*arguments) for record in (padded, plain)]
+        torch.testing.assert_close(*values)
 
 
 def test_statistics():
@@ -192,26 +201,43 @@ def test_temperature_follows_its_schedule():
     x = torch.randn(50, 16)
     entropy = []
     for step in (0, 15, 20, None):
-        moe.step = step
-        moe(x)
-        entropy.append(float(moe.statistics()["entropy"]))
+        with forward_context(step=step):
+            entropy.append(float(recorded(moe, x).statistics()["entropy"]))
     assert entropy[0] > entropy[1] > entropy[2] == entropy[3]
 
 
-def test_inference_leaves_no_record():
-    moe = make().eval()
-    moe(torch.randn(3, 16))
-    assert moe.record is None
+def test_a_module_keeps_nothing_of_a_forward():
+    moe = make()
+    before = set(vars(moe))
+    recorded(moe, torch.randn(3, 16))
+    assert set(vars(moe)) == before
+    copy.deepcopy(moe)
+
+
+def test_top_k_follows_its_knob():
+    """Fewer experts, whose gates still sum to 1; parameters and FLOPs follow."""
+    x = torch.randn(9, 16)
+    for top_k in (1, 3):
+        moe, other = make(4, 2), make(4, top_k)
+        knobs = Knobs(top_k=top_k)
+        with forward_context(knobs=knobs):
+            record = recorded(moe, x)
+            torch.testing.assert_close(moe(x), other(x))
+            assert moe.active_parameters() == other.active_parameters()
+        assert record.routing.experts.shape == (9, top_k)
+        torch.testing.assert_close(record.routing.gates.sum(1), torch.ones(9))
+        assert count_flops(moe, (x,), knobs) == count_flops(other, (x,))
+        assert recorded(moe, x).routing.experts.shape == (9, 2)
 
 
 def test_router_stays_in_fp32_under_autocast():
     moe = make()
     x = torch.randn(40, 16)
-    plain = moe.router(x)
+    plain = moe.router(x, 2)
     with torch.autocast("cpu", torch.bfloat16):
         output = moe(x)
-        assert torch.equal(moe.router(x).experts, plain.experts)
-    assert moe.record.routing.logits.dtype == torch.float32
+        assert torch.equal(moe.router(x, 2).experts, plain.experts)
+        assert recorded(moe, x).routing.logits.dtype == torch.float32
     torch.testing.assert_close(output.float(), moe(x), rtol=0.05, atol=0.05)
 
 
@@ -276,9 +302,11 @@ def worker(rank: int, folder: str) -> None:
         # Each process leaves some experts unused; the next step would hang or fail.
         x = torch.full((6, 16), 1.0 - 2 * rank)
         moe.zero_grad()
-        loss = moe(x).square().sum() + sum(moe.module.losses().values())
-        loss.backward()
-    value = balance_loss(*moe.module.record).item()
+        with forward_context(record=True) as context:
+            loss = moe(x).square().sum()
+        record = context.records["moe"]
+        (loss + sum(record.losses([]).values())).backward()
+    value = balance_loss(record.routing).item()
     torch.save((value, moe.module.router.weight.grad), f"{folder}/{rank}.pt")
 
 
@@ -287,7 +315,6 @@ def test_two_processes_share_the_balance(tmp_path):
     (first, grad), (second, same) = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
     assert torch.equal(grad, same)
     # Mean over the processes of E * sum f P, with f of both, is the joined batch's.
-    moe = copy.deepcopy(make())
-    moe(torch.cat([torch.ones(6, 16), -torch.ones(6, 16)]))
-    joined = balance_loss(*moe.record).item()
+    joined_record = recorded(make(), torch.cat([torch.ones(6, 16), -torch.ones(6, 16)]))
+    joined = balance_loss(joined_record.routing).item()
     assert (first + second) / 2 == pytest.approx(joined, rel=1e-5)

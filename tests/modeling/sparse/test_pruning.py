@@ -5,25 +5,30 @@ import torch
 from detectron2.utils.events import EventStorage
 
 from dset_d2.analysis import count_flops
+from dset_d2.clock import ramp
+from dset_d2.modeling import forward_context
+from dset_d2.modeling.decoder.deformable_attention import Memory
 from dset_d2.modeling.encoder.hybrid_encoder import (
     TransformerEncoder,
     TransformerEncoderLayer,
     position_embedding,
 )
+from dset_d2.modeling.layers import Padding
 from dset_d2.modeling.sparse import (
     MemoryPruningConfig,
     PruningConfig,
+    PruningRecord,
+    TokenMap,
     TokenPruner,
-    clear_records,
-    sparse_losses,
-    sparse_statistics,
+    prune,
+    restore,
 )
 from dset_d2.modeling.sparse.pruning import best_tokens, foreground, keep_count
-from dset_d2.modeling.sparse.schedule import ramp
 
 from ...conftest import make_inputs, make_targets, sparse_model, tiny_model
 
 SHAPE = (6, 8)
+MAP = TokenMap(SHAPE)
 
 
 def encoder(dim=16, **pruning) -> TransformerEncoder:
@@ -31,6 +36,12 @@ def encoder(dim=16, **pruning) -> TransformerEncoder:
     layer = TransformerEncoderLayer(dim, 4, 32, 0.0, "gelu")
     pruner = TokenPruner(PruningConfig(**pruning), dim) if pruning else None
     return TransformerEncoder([layer], pruner)
+
+
+def recorded(pruner: TokenPruner, tokens: torch.Tensor, where: TokenMap = MAP) -> PruningRecord:
+    with forward_context(record=True) as context:
+        pruner(tokens, where)
+    return context.records["pruning"]
 
 
 def inputs(dim=16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,7 +57,7 @@ def test_keep_ratio_1_is_dense_bit_for_bit(training, placement):
     pruned = encoder(keep_ratio=1.0, placement=placement)
     pruned.load_state_dict(dense.state_dict(), strict=False)
     x, position = inputs()
-    outputs = [e.train(training)(x, position, SHAPE) for e in (dense, pruned)]
+    outputs = [e.train(training)(x, position, MAP)[0] for e in (dense, pruned)]
     assert torch.equal(*outputs)
 
 
@@ -64,13 +75,13 @@ def test_whole_model_at_ratio_1_is_dense_bit_for_bit():
 def test_kept_tokens_attend_among_themselves(restore):
     pruned = encoder(keep_ratio=0.5, min_tokens=1, restore=restore).eval()
     x, position = inputs()
-    output = pruned(x, position, SHAPE)
-    index, gate = pruned.pruner(x, SHAPE)
-    assert gate is None and index.shape == (2, 24)
+    output, dropped = pruned(x, position, MAP)
+    index, gate = pruned.pruner(x, MAP)
+    assert dropped is None and gate is None and index.shape == (2, 24)
     assert (index.diff(dim=1) > 0).all()  # spatial order
     for image in range(2):
         kept = index[image]
-        alone = pruned.run(x[image, kept][None], position[:, kept], None)[0]
+        alone = pruned.run(x[image, kept][None], position[:, kept], MAP)[0]
         torch.testing.assert_close(output[image, kept], alone)
         rest = torch.ones(48, dtype=torch.bool).index_fill(0, kept, False)
         expected = x[image, rest] if restore == "bypass" else torch.zeros(24, 16)
@@ -80,8 +91,8 @@ def test_kept_tokens_attend_among_themselves(restore):
 def test_after_the_layer_all_attend_and_the_output_is_thinned():
     pruned = encoder(keep_ratio=0.25, min_tokens=1, placement="after", restore="zero").eval()
     x, position = inputs()
-    dense = pruned.run(x, position, None)
-    output = pruned(x, position, SHAPE)
+    dense = pruned.run(x, position, MAP)
+    output, _ = pruned(x, position, MAP)
     kept = output.abs().sum(-1) > 0
     assert kept.sum(1).tolist() == [12, 12]
     torch.testing.assert_close(output[kept], dense[kept])
@@ -93,23 +104,23 @@ def test_after_the_layer_the_decoder_neither_reads_nor_selects_the_pruned():
     with torch.no_grad():
         features = list(model.backbone(images).values())
         encoded = model.encoder(features)
-        found = model.decoder(encoded, dropped=model.encoder.dropped)
-        dropped = model.encoder.dropped[2]
-        assert model.encoder.dropped[:2] == [None, None]
+        found = model.decoder(encoded)
+        *finer, dropped = encoded.dropped
+        assert finer == [None, None]
         assert dropped.sum(1).tolist() == [9, 9]  # of 3 x 4 tokens
-        other = [x.clone() for x in encoded]
-        other[2].flatten(2).transpose(1, 2)[dropped] = 100.0
-        changed = model.decoder(other, dropped=model.encoder.dropped)
-        torch.testing.assert_close(changed, found)
-        assert not torch.equal(model.decoder(other)["pred_boxes"], found["pred_boxes"])
+        other = encoded._replace(features=[x.clone() for x in encoded.features])
+        other.features[2].flatten(2).transpose(1, 2)[dropped] = 100.0
+        torch.testing.assert_close(model.decoder(other), found)
+        read = model.decoder(other._replace(dropped=None))
+        assert not torch.equal(read["pred_boxes"], found["pred_boxes"])
         torch.testing.assert_close(model.predict(images), found)
 
 
 def test_the_scorer_chooses():
     pruned = encoder(keep_ratio=0.5, min_tokens=1).eval()
     x, _ = inputs()
-    scores = pruned.pruner.scores(x, SHAPE)
-    index, _ = pruned.pruner(x, SHAPE)
+    scores = pruned.pruner.scores(x, MAP)
+    index, _ = pruned.pruner(x, MAP)
     worst_kept = scores.gather(1, index).min(1).values
     dropped = scores.scatter(1, index, -torch.inf).max(1).values
     assert (worst_kept >= dropped).all()
@@ -122,8 +133,9 @@ def test_gradients_of_the_scorer(gate, foreground_weight):
     settings = {"gate": gate, "foreground_weight": foreground_weight}
     pruned = encoder(keep_ratio=0.5, min_tokens=1, **settings).train()
     x, position = inputs()
-    loss = pruned(x, position, SHAPE).square().sum()
-    own = pruned.pruner.losses(make_targets(2, 3))
+    with forward_context(record=True) as context:
+        loss = pruned(x, position, MAP)[0].square().sum()
+    own = context.records["pruning"].losses(make_targets(2, 3))
     assert bool(own) == bool(foreground_weight)
     if gate:
         loss.backward()
@@ -141,6 +153,43 @@ def test_task_reaches_the_scorer_through_the_whole_model():
         assert parameter.grad.abs().sum() > 0
 
 
+def test_prune_and_restore():
+    x = torch.randn(2, 6, 3)
+    index = torch.tensor([[0, 2, 5], [1, 2, 3]])
+    kept = prune(x, index)
+    assert torch.equal(kept[1, 0], x[1, 1]) and kept.shape == (2, 3, 3)
+    assert torch.equal(prune(x[:1], index)[1], x[0, index[1]])  # what all images share
+    assert torch.equal(prune(x[..., 0], index), kept[..., 0])
+    assert prune(x, None) is x and prune(None, index) is None
+    assert torch.equal(restore(x, index, kept), x)
+    assert restore(x, None, kept) is kept
+    zero = restore(torch.zeros_like(x), index, kept)
+    assert torch.equal(zero[0, [0, 2, 5]], kept[0]) and not zero[0, [1, 3, 4]].any()
+
+
+def test_a_second_place_scores_what_the_first_kept():
+    """Its prior, its foreground and its own choice follow the tokens, wherever they stand."""
+    pruned = encoder(keep_ratio=0.5, min_tokens=1, spatial_prior=True)
+    second = encoder(keep_ratio=0.25, min_tokens=1, spatial_prior=True).pruner
+    with torch.no_grad():
+        second.prior.copy_(torch.arange(16.0).view(1, 1, 16, 1) * 100)  # lower rows win
+    x, _ = inputs()
+    index, _ = pruned.pruner(x, MAP)
+    where = MAP.prune(index)
+    record = recorded(second, prune(x, index), where)
+    assert record.scores.shape == (2, 24) and record.kept.index.shape == (2, 12)
+    for image in range(2):
+        kept = record.kept.index[image]
+        assert torch.isin(kept, index[image]).all()
+        assert torch.equal(kept // 8, index[image][-12:] // 8)  # the lowest rows
+        assert torch.equal(record.kept_cells()[image].nonzero().flatten(), kept)
+    assert record.statistics() == {"keep_ratio": 0.25}
+    targets = make_targets(2, 3)
+    expected = foreground(targets, SHAPE).gather(1, index)
+    assert torch.equal(record.foreground(targets), expected)
+    assert record.losses(targets)["foreground"] > 0
+
+
 def test_schedules():
     assert [ramp(s, 10, 20, 1.0, 0.5) for s in (0, 10, 15, 20, 99)] == [1, 1, 0.75, 0.5, 0.5]
     assert ramp(0, 0, 0, 1.0, 0.5) == 0.5
@@ -148,23 +197,24 @@ def test_schedules():
     waits = encoder(keep_ratio=0.5, min_tokens=1, start_step=10, end_step=20).pruner
     ratios = []
     for step in (0, 5, 10, 15, 20, None):
-        from_the_start.step = waits.step = step
-        ratios.append((from_the_start.ratio(), waits.ratio()))
+        with forward_context(step=step):
+            ratios.append((from_the_start.ratio(), waits.ratio()))
     assert ratios == [(1, 1), (0.75, 1), (0.5, 1), (0.5, 0.75), (0.5, 0.5), (0.5, 0.5)]
 
 
 def test_the_detectors_clock_drives_the_schedule():
-    model = sparse_model(moe=False, end_step=4).train()
-    ratios = []
-    for _ in range(5):
-        model(make_inputs([(128, 128)]))
-        ratios.append(model.encoder.encoder[0].pruner.ratio())
-    assert ratios == [0.875, 0.75, 0.625, 0.5, 0.5]
-    fresh = sparse_model(moe=False, end_step=4)
-    fresh.load_state_dict({k: v for k, v in model.state_dict().items()})
-    fresh.clock.steps.fill_(2)  # a checkpoint from the middle
-    fresh.eval().predict(torch.rand(1, 3, 128, 128))
-    assert fresh.encoder.encoder[0].pruner.ratio() == 0.75
+    model = sparse_model(moe=False, end_step=4)
+    kept = []
+    pruner = model.encoder.encoder[0].pruner
+    pruner.register_forward_hook(lambda m, x, y: kept.append(16 if y[0] is None else len(y[0][0])))
+    model.predict(torch.rand(1, 3, 128, 128))
+    assert kept == [8]  # as configured, before any training
+    for _ in range(6):
+        model.train()(make_inputs([(128, 128)]))
+        model.clock.tick()
+        model.eval().predict(torch.rand(1, 3, 128, 128))
+    assert kept[1::2] == [16, 14, 12, 10, 8, 8]  # the first step is step 0
+    assert kept[2::2] == [14, 12, 10, 8, 8, 8]
 
 
 def test_at_least_min_tokens_stay():
@@ -180,7 +230,7 @@ def test_spatial_prior_moves_the_choice():
     pruner = encoder(keep_ratio=0.5, min_tokens=1, spatial_prior=True).pruner.eval()
     with torch.no_grad():
         pruner.prior[..., :8, :] = 100  # the upper half of the picture
-    index, _ = pruner(inputs()[0], SHAPE)
+    index, _ = pruner(inputs()[0], MAP)
     assert (index < 24).all()
 
 
@@ -191,17 +241,17 @@ def test_foreground_marks_touched_cells_also_of_padded_images():
     expected[:2, :2] = True
     expected[3, 3] = True
     assert torch.equal(mask[0], expected) and not mask[1].any()
-    ratio = torch.tensor([[0.5, 1.0]])  # the image fills the left half
-    mask = foreground([{"boxes": boxes[:1]}], (4, 8), ratio).view(4, 8)
+    padding = Padding(torch.tensor([[4, 4]]), (8, 4))  # the image fills the left half
+    mask = foreground([{"boxes": boxes[:1]}], (4, 8), padding).view(4, 8)
     assert mask[:2, :2].all() and mask.sum() == 4
 
 
 def test_padding_is_never_kept_before_the_image():
     pruner = encoder(keep_ratio=0.5, min_tokens=1).pruner.eval()
-    valid = torch.zeros(2, *SHAPE, dtype=torch.bool)
-    valid[:, :, :5] = True
-    index, _ = pruner(inputs()[0], SHAPE, valid.flatten(1))
-    assert valid.flatten(1).gather(1, index).all()
+    where = TokenMap(SHAPE, Padding(torch.tensor([[5, 6]] * 2), (8, 6)))
+    index, _ = pruner(inputs()[0], where)
+    assert (index % 8 < 5).all()
+    assert where.prune(index).valid.all() and not where.valid.all()
 
 
 def test_sparsity_and_diversity_losses():
@@ -209,9 +259,8 @@ def test_sparsity_and_diversity_losses():
         keep_ratio=0.5, min_tokens=1, foreground_weight=0, sparsity_weight=2.0, diversity_weight=3.0
     ).train()
     x, position = inputs()
-    pruned(x, position, SHAPE)
-    losses = pruned.pruner.losses(make_targets(2, 3))
-    worth = pruned.pruner.scores(x, SHAPE).sigmoid()
+    losses = recorded(pruned.pruner, x).losses(make_targets(2, 3))
+    worth = pruned.pruner.scores(x, MAP).sigmoid()
     torch.testing.assert_close(losses["sparsity"], 2 * worth.mean())
     weight = worth / worth.sum(1, keepdim=True)
     unit = x / x.norm(dim=-1, keepdim=True)
@@ -242,9 +291,10 @@ def test_memory_pruning_equals_zeroed_values():
     shapes = [(16, 16), (8, 8), (4, 4)]
     kept = best_tokens(torch.rand(2, 336), 84)
     gathered = memory.gather(1, kept[..., None].expand(-1, -1, 32))
-    found = attention(query, reference, gathered, shapes, kept=kept)
+    found = attention(query, reference, Memory(gathered, shapes, kept))
     mask = torch.zeros(2, 336, dtype=torch.bool).scatter(1, kept, True)
-    torch.testing.assert_close(found, attention(query, reference, memory, shapes, valid=mask))
+    expected = attention(query, reference, Memory(memory, shapes, valid=mask))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("sizes", [[(96, 128)] * 3, [(96, 128), (160, 100), (70, 90)]])
@@ -278,18 +328,27 @@ def test_losses_and_statistics_are_collected_by_place():
         "loss_z_encoder_0_0",
         *(f"loss_{term}_decoder_{i}" for i in range(3) for term in ("balance", "z")),
     }
-    statistics = sparse_statistics(model)
-    assert statistics["pruning/encoder_0"] == {"keep_ratio": 0.5}
-    assert statistics["moe/decoder_1"]["usage"].shape == (4,)
-    clear_records(model)
-    assert sparse_statistics(model) == {} == sparse_losses(model, targets)
-    model.eval().predict(images)
-    assert sparse_statistics(model) == {}
+    assert all(value.requires_grad for name, value in losses.items() if name in places)
+
+
+def test_records_are_left_by_place_where_they_are_wanted():
+    model = sparse_model()
+    with forward_context(record=True) as context:
+        model.predict(torch.rand(2, 3, 96, 128))
+    assert context.records.keys() == {
+        "pruning/encoder_0",
+        "moe/encoder_0_0",
+        *(f"moe/decoder_{i}" for i in range(3)),
+    }
+    assert context.records["pruning/encoder_0"].statistics() == {"keep_ratio": 0.5}
+    assert context.records["moe/decoder_1"].statistics()["usage"].shape == (4,)
+    assert context.records["moe/encoder_0_0"].tokens.index.shape == (2, 6)
+    assert context.records["moe/decoder_1"].tokens is None
 
 
 def test_the_log_gets_statistics_and_a_warning_of_a_greedy_expert(caplog):
     model = sparse_model().train()
-    router = model.decoder.decoder.layers[0].moe.router
+    router = model.decoder.decoder.layers[0].ffn.router
     with torch.no_grad():
         router.weight.zero_()  # ties go to the same two experts
     with EventStorage() as storage:
@@ -312,7 +371,7 @@ def test_flops_of_a_pruned_layer():
 
     found = {}
     for module in (dense, pruned):
-        report = count_flops(module, (x[:1], position, SHAPE))
+        report = count_flops(module, (x[:1], position, MAP))
         found[module] = report.total - report.by_operator.get("layer_norm", 0)
     scorer = 48 * (16 * 128 + 128)
     assert found[dense] == layer(48)

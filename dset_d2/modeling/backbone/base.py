@@ -12,7 +12,7 @@ from ..layers import check_choice
 logger = logging.getLogger(__name__)
 
 
-class StagedBackbone(Backbone):
+class ConvBackbone(Backbone):
     """A stem of stride 4 and four stages, of strides 4, 8, 16 and 32."""
 
     stage_names: tuple[str, ...]

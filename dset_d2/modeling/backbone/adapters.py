@@ -1,0 +1,112 @@
+"""Adapters, which make three scales of a ViT's one: a plain one of a few convolutions, and DEIMv2's
+spatial tuning adapter (https://arxiv.org/abs/2509.20787), which adds detail from the image."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LEVELS = ("p3", "p4", "p5")  # strides 8, 16, 32
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, C, H, W) -> (B, C, *size), bilinear."""
+    if x.shape[2:] == size:
+        return x
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+class PlainAdapter(nn.Module):
+    """Three scales of the last tokens: 1x1 and upsampling, 1x1, 3x3 of stride 2.
+
+    Args:
+        in_channels: width of the ViT.
+        out_channels: width of all levels.
+        layer_norm: normalise the tokens once more before.
+    """
+
+    maps = (1, 2, 3)  # how many of the ViT's maps it takes; it reads the last one
+
+    def __init__(self, in_channels: int, out_channels: int, layer_norm: bool = False) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.norm = nn.LayerNorm(in_channels) if layer_norm else nn.Identity()
+        self.convs = nn.ModuleList(
+            [
+                nn.Conv2d(in_channels, out_channels, 1),
+                nn.Conv2d(in_channels, out_channels, 1),
+                nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1),
+            ]
+        )
+
+    def forward(self, image: Tensor, maps: list[Tensor]) -> list[Tensor]:
+        """As :meth:`SpatialTuningAdapter.forward`; the image is not looked at."""
+        x = self.norm(maps[-1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        fine, middle, coarse = (conv(x) for conv in self.convs)
+        # A 1x1 convolution and upsampling commute; in this order they cost a quarter.
+        return [resize(fine, tuple(2 * side for side in x.shape[2:])), middle, coarse]
+
+
+class DetailBranch(nn.Module):
+    """A small convolutional network beside the ViT: (B, 3, H, W) -> 2c, 4c and 4c channels at
+    strides 8, 16 and 32, not activated."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+
+        def step(in_channels: int, out_channels: int) -> list[nn.Module]:
+            conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False)
+            return [conv, nn.BatchNorm2d(out_channels)]
+
+        c = channels
+        self.stem = nn.Sequential(*step(3, c), nn.GELU(), nn.MaxPool2d(3, stride=2, padding=1))
+        self.conv2 = nn.Sequential(*step(c, 2 * c))
+        self.conv3 = nn.Sequential(nn.GELU(), *step(2 * c, 4 * c))
+        self.conv4 = nn.Sequential(nn.GELU(), *step(4 * c, 4 * c))
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        fine = self.conv2(self.stem(image))
+        middle = self.conv3(fine)
+        return [fine, middle, self.conv4(middle)]
+
+
+class SpatialTuningAdapter(nn.Module):
+    """DEIMv2's STA: each level joins a map of the ViT with detail of the image.
+
+    Args:
+        in_channels: width of the ViT.
+        out_channels: width of all levels.
+        conv_channels: width c of the detail branch's first layer.
+    """
+
+    maps = (1, 3)  # one for all levels, or one for each
+
+    def __init__(self, in_channels: int, out_channels: int, conv_channels: int = 16) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.sta = DetailBranch(conv_channels)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(in_channels + factor * conv_channels, out_channels, 1, bias=False)
+            for factor in (2, 4, 4)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(out_channels) for _ in LEVELS)
+
+    def forward(self, image: Tensor, maps: list[Tensor]) -> list[Tensor]:
+        """Features at strides 8, 16, 32, whose sides are rounded up.
+
+        Args:
+            image: (B, 3, H, W); H and W divisible by 16.
+            maps: (B, in_channels, H / 16, W / 16) of the ViT, shallowest first.
+        """
+        details = self.sta(image)
+        if len(maps) == 1:
+            maps = maps * len(details)
+        joined = (
+            torch.cat([resize(x, detail.shape[2:]), detail], dim=1)
+            for x, detail in zip(maps, details)
+        )
+        return [norm(conv(x)) for x, conv, norm in zip(joined, self.convs, self.norms)]
+
+
+ADAPTERS = {"plain": PlainAdapter, "sta": SpatialTuningAdapter}
