@@ -1,16 +1,13 @@
-"""Weights released by others, into our models; and safe loading."""
+"""Released RT-DETR, RT-DETRv2 and D-FINE weights, under whatever names, into our models."""
 
 import logging
 import re
 from pathlib import Path
 
-import torch
-from detectron2.utils.file_io import PathManager
-from safetensors.torch import load_file
-from timm.models.eva import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from .modeling.lora import is_lora
+from .dinov3 import is_dinov3, load_dinov3, weights_hint
+from .reading import read_state_dict, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -46,47 +43,6 @@ FFN_SHAPES = {
     "linear1.bias": lambda width, dim: (width,),
     "linear2.weight": lambda width, dim: (dim, width),
 }
-
-
-def read_state_dict(path: str | Path, hint: str = "") -> dict[str, Tensor]:
-    """Read the weights of an upstream or Detectron2 checkpoint, the averaged ones if it has any.
-
-    Nothing is unpickled but tensors and plain containers; ``.safetensors`` files hold no more.
-
-    Args:
-        path: a file, or an address that Detectron2 fetches.
-        hint: where to get the file, for the error that it is not there.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is no checkpoint or holds no state dict.
-    """
-    file = Path(PathManager.get_local_path(str(path)))
-    if not file.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint{hint and f'; {hint}'}")
-    try:
-        if file.suffix == ".safetensors":
-            checkpoint = load_file(file)
-        else:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint that is safe to read: {error}") from error
-    return unwrap(checkpoint, str(path))
-
-
-def unwrap(checkpoint: dict, source: str) -> dict[str, Tensor]:
-    """The state dict inside of a checkpoint: ``ema.module``, else ``model``, else itself."""
-    state = checkpoint
-    for keys in (("ema", "module"), ("ema",), ("model",)):
-        inner = checkpoint
-        for key in keys:
-            inner = inner.get(key) if isinstance(inner, dict) else None
-        if isinstance(inner, dict) and inner:
-            state = inner
-            break
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{source}: holds no state dict under ema.module, model or at its top")
-    return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 def rename(key: str) -> str:
@@ -184,63 +140,3 @@ def resize_ffn(module: nn.Module, width: int) -> None:
         parameter = module.get_parameter(name)
         parameter.data = parameter.new_empty(shape(width, module.linear1.in_features))
     module.linear1.out_features = module.linear2.in_features = width
-
-
-# DINOv3's own names and timm's of the tokens, which no other model has.
-REGISTERS = ("storage_tokens", "reg_token")
-# DEIMv2's names of the adapter's parts.
-ADAPTER = re.compile(r"^(sta|convs|norms)\.")
-
-
-def weights_hint(model: nn.Module) -> str:
-    return getattr(getattr(model, "backbone", model), "weights_hint", "")
-
-
-def is_dinov3(state: dict[str, Tensor]) -> bool:
-    """Whether a state dict is of a DINOv3 alone, as upstream, timm or DEIMv2 write it."""
-    return any(key in state for name in REGISTERS for key in (name, f"dinov3.{name}"))
-
-
-def load_dinov3(model: nn.Module, source: str | Path | dict, name: str = "state dict") -> None:
-    """Load DINOv3 weights into a backbone in place: Meta's, timm's, or DEIMv2's with its adapter.
-
-    Without the adapter's weights the adapter stays as it is, and so do low-rank updates. Blocks
-    above the model's are left out, and so is what follows from settings (rotation periods, the
-    mask of the keys' bias).
-
-    Args:
-        model: a :class:`DINOv3`, or a detector with that backbone.
-        source: path of a ``.pth`` or ``.safetensors`` file, or a state dict.
-
-    Raises:
-        FileNotFoundError: if there is no such file; says where to get it.
-        ValueError: on a key or shape that has no place, or on a parameter without a key.
-    """
-    backbone = getattr(model, "backbone", model)
-    if not hasattr(backbone, "dinov3"):
-        raise ValueError(f"DINOv3's weights do not fit a {type(backbone).__name__}")
-    if not isinstance(source, dict):
-        source, name = read_state_dict(source, weights_hint(model)), str(source)
-    vit = {k.removeprefix("dinov3."): v for k, v in source.items() if not ADAPTER.match(k)}
-    adapter = {k: v for k, v in source.items() if ADAPTER.match(k)}
-    depth = len(backbone.dinov3.blocks)
-    vit = {
-        key: value
-        for key, value in checkpoint_filter_fn(vit, backbone.dinov3).items()
-        if not (key.startswith("blocks.") and int(key.split(".")[1]) >= depth)
-    }
-    wanted = [(backbone.dinov3, vit)] + ([(backbone.adapter, adapter)] if adapter else [])
-    for module, state in wanted:
-        known = module.state_dict()
-        unknown = sorted(state.keys() - known.keys())
-        missing = sorted(k for k in known.keys() - state.keys() if not is_lora(k))
-        wrong = sorted(k for k in known.keys() & state.keys() if known[k].shape != state[k].shape)
-        if unknown or missing or wrong:
-            raise ValueError(
-                f"{name} does not fit the {type(module).__name__} of the model: "
-                f"{len(unknown)} keys without a place {unknown[:5]}, "
-                f"{len(missing)} parameters without a key {missing[:5]}, "
-                f"{len(wrong)} of another shape {wrong[:5]}"
-            )
-    for module, state in wanted:
-        module.load_state_dict(state, strict=False)
