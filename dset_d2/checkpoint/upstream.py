@@ -37,13 +37,6 @@ RENAMES = (
 # What depends on the number of classes and may start anew for another data set.
 CLASS_HEADS = re.compile(r"^decoder\.(enc_score_head|dec_score_head\.\d+|denoising_class_embed)\.")
 
-# Shapes of a dense FFN's parameters by its width and the channels around it.
-FFN_SHAPES = {
-    "linear1.weight": lambda width, dim: (width, dim),
-    "linear1.bias": lambda width, dim: (width,),
-    "linear2.weight": lambda width, dim: (dim, width),
-}
-
 
 def rename(key: str) -> str:
     for pattern, replacement in RENAMES:
@@ -56,8 +49,7 @@ def load_upstream(model: nn.Module, source: str | Path | dict, whole: bool = Fal
 
     A state dict whose keys all belong to the backbone (an ImageNet model) goes there alone, and
     so do a DINOv3's (:func:`load_dinov3`). Class heads of another number of classes keep their
-    fresh initialisation, and a D-FINE decoder's FFNs of another width take the checkpoint's, both
-    with a warning. A run's count of training steps comes with its weights.
+    fresh initialisation, with a warning. A run's count of training steps comes with its weights.
 
     Args:
         model: a :class:`DETRDetector`.
@@ -98,45 +90,14 @@ def load_upstream(model: nn.Module, source: str | Path | dict, whole: bool = Fal
         )
     wanted = {key: value for key, value in known.items() if key in state}
     resized = [k for k in wanted if state[k].shape != wanted[k].shape]
-    widths = ffn_widths(wanted, state) if "decoder.distribution.up" in known else {}
-    refitted = {f"{ffn}.{name}" for ffn in widths for name in FFN_SHAPES}
-    resized = [k for k in resized if k not in refitted]
     wrong = [k for k in resized if whole or not CLASS_HEADS.match(k)]
     if wrong:
         shapes = f"{tuple(state[wrong[0]].shape)}, the model's {tuple(wanted[wrong[0]].shape)}"
         raise ValueError(f"{name} does not fit the model: {wrong[0]} has shape {shapes}")
     if resized:
         logger.warning("%s: another number of classes; left fresh: %s", name, ", ".join(resized))
-    for ffn, width in widths.items():
-        resize_ffn(module.get_submodule(ffn), width)
-        logger.warning("%s: %s has %d hidden units; the model's follows", name, ffn, width)
     module.load_state_dict({k: state[k] for k in wanted if k not in resized}, strict=False)
 
 
 def required(state: dict[str, Tensor]) -> set[str]:
     return {key for key in state if not OPTIONAL.search(key)}
-
-
-def ffn_widths(wanted: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, int]:
-    """Name and width of each FFN that differs from the model's in nothing but its width.
-
-    D-FINE's decoders are about with 512 and with 1024 hidden units under one name.
-    """
-    widths = {}
-    for key, value in state.items():
-        ffn, _, name = key.rpartition(".linear1.")
-        if not ffn.startswith("decoder.") or name != "weight" or len(value) == len(wanted[key]):
-            continue
-        width, dim = len(value), wanted[key].shape[1]
-        shapes = {name: shape(width, dim) for name, shape in FFN_SHAPES.items()}
-        if all(tuple(state[f"{ffn}.{name}"].shape) == shape for name, shape in shapes.items()):
-            widths[ffn] = width
-    return widths
-
-
-def resize_ffn(module: nn.Module, width: int) -> None:
-    """In place: optimizers and averages keep their hold of the parameters."""
-    for name, shape in FFN_SHAPES.items():
-        parameter = module.get_parameter(name)
-        parameter.data = parameter.new_empty(shape(width, module.linear1.in_features))
-    module.linear1.out_features = module.linear2.in_features = width
