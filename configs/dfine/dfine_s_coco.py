@@ -2,7 +2,7 @@
 
 from ..common.coco_schedule import OTHER_SCALES, train_for
 from ..common.data import dataloader
-from ..common.dfine_s import model
+from ..common.models.dfine_s import model
 from ..common.optim import lr_multiplier, optimizer
 from ..common.train import train
 

@@ -11,7 +11,7 @@ from dset_d2.modeling import DINOv3, FreezeConfig, SpatialTuningAdapter
 
 from ....configs.common.coco_schedule import OTHER_SCALES, train_for
 from ....configs.common.data import dataloader
-from ....configs.common.dfine_s import model
+from ....configs.common.models.dfine_s import model
 from ....configs.common.optim import optimizer
 from ....configs.common.train import train
 
