@@ -54,7 +54,8 @@ def test_config_trains_and_detects(path, tmp_path):
     again = LazyConfig.load(str(tmp_path / "config.yaml"))
     copy = instantiate(again.model)
     assert [p.shape for p in copy.parameters()] == [p.shape for p in model.parameters()]
-    for part in (again.dataloader.train.mapper, again.lr_multiplier):
+    again.optimizer.params.model = copy
+    for part in (again.dataloader.train.mapper, again.lr_multiplier, again.optimizer):
         instantiate(part)
 
 

@@ -16,7 +16,11 @@ dataloader.test.dataset.names = "dair_v2x_i_val"
 epoch = 5042 // 16  # images / batch
 dataloader.strong_augmentation_end = 90 * epoch
 optimizer.update(lr=1e-4, clip_norm=10.0)
-optimizer.params.update(backbone_factor=0.1, encoder_factor=0.1)
+optimizer.params.rules.backbone.factor = 0.1
+# Sparse parts are new where the rest of the encoder is pretrained.
+optimizer.params.rules.encoder = dict(
+    pattern=r"^encoder\.(?!.*\b(router|experts|pruner)\b)", factor=0.1
+)
 lr_multiplier = L(flat_cosine)(
     max_iter="${train.max_iter}", warmup_iters=3 * epoch, flat=0.0, floor=0.01
 )
