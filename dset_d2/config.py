@@ -60,19 +60,18 @@ def all_keys(cfg, prefix: str = "") -> set[str]:
 
 
 def parameters_of(target: Callable | str | None) -> list[str]:
-    """Names of the parameters of a config's ``_target_``, those that it hands on to its base
-    class included."""
+    """Names of the parameters of a config's ``_target_``, those that it hands to its base too."""
     if target is None:
         return []
     target = locate(target) if isinstance(target, str) else target
     names = []
-    for level in target.__mro__ if isinstance(target, type) else (target,):
+    for owner in getattr(target, "__mro__", [target]):
         try:
-            parameters = signature(level).parameters
+            parameters = signature(owner).parameters.values()
         except ValueError:  # written in C, with nothing to inspect
             break
-        names += [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD]
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        names += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return names
 

@@ -54,7 +54,8 @@ def test_config_trains_and_detects(path, tmp_path):
     again = LazyConfig.load(str(tmp_path / "config.yaml"))
     copy = instantiate(again.model)
     assert [p.shape for p in copy.parameters()] == [p.shape for p in model.parameters()]
-    for part in (again.dataloader.train.mapper, again.lr_multiplier):
+    again.optimizer.params.model = copy
+    for part in (again.dataloader.train.mapper, again.lr_multiplier, again.optimizer):
         instantiate(part)
 
 
@@ -85,7 +86,9 @@ def test_misspelt_override_suggests_the_right_key():
     assert cfg.model.decoder.num_queries == 100
     assert cfg.optimizer.params.base_lr == 3e-4
     apply_overrides(cfg, ["model.decoder.dropout=0.1"])  # which the config leaves to its default
-    assert instantiate(cfg.model).decoder.decoder.layers[0].dropout1.p == 0.1
+    apply_overrides(cfg, ["model.decoder.eval_idx=0"])  # which the decoder hands to its base
+    decoder = instantiate(cfg.model).decoder
+    assert decoder.decoder.layers[0].dropout1.p == 0.1 and decoder.eval_idx == 0
 
 
 def test_targets_written_in_c_take_overrides():

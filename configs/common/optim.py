@@ -6,7 +6,9 @@ from dset_d2.engine.optimizer import build_adamw, parameter_groups, warmup_const
 
 optimizer = L(build_adamw)(
     params=L(parameter_groups)(
-        base_lr="${..lr}", weight_decay="${..weight_decay}", backbone_factor=1.0
+        base_lr="${..lr}",
+        weight_decay="${..weight_decay}",
+        rules=dict(backbone=dict(pattern=r"^backbone\.", factor=1.0)),
     ),
     lr=1e-4,
     weight_decay=1e-4,

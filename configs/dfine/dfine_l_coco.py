@@ -8,6 +8,6 @@ model.encoder.update(in_channels=[512, 1024, 2048], expansion=1.0, depth_mult=1.
 model.decoder.num_layers = 6
 model.multi_scale = OTHER_SCALES + [640] * 4
 optimizer.update(lr=2.5e-4, weight_decay=1.25e-4)
-optimizer.params.backbone_factor = 0.05
+optimizer.params.rules.backbone.factor = 0.05
 train.output_dir = "./output/dfine_l_coco"
 train_for(80, 8, train, dataloader, model)

@@ -8,5 +8,5 @@ from .rtdetrv2_r50_coco import dataloader, lr_multiplier, model, optimizer, trai
 
 model.backbone = L(HGNetv2)(name="L", freeze_at=0, freeze_norm=True)
 model.encoder.in_features = ["stage2", "stage3", "stage4"]
-optimizer.params.backbone_factor = 0.05
+optimizer.params.rules.backbone.factor = 0.05
 train.output_dir = "./output/rtdetrv2_hgnetv2_l_coco"

@@ -4,5 +4,5 @@ from .rtdetrv2_hgnetv2_l_coco import dataloader, lr_multiplier, model, optimizer
 
 model.backbone.name = "X"
 model.encoder.update(hidden_dim=384, dim_feedforward=2048)
-optimizer.params.backbone_factor = 0.01
+optimizer.params.rules.backbone.factor = 0.01
 train.output_dir = "./output/rtdetrv2_hgnetv2_x_coco"

@@ -4,5 +4,5 @@ from .rtdetrv2_r50_coco import dataloader, lr_multiplier, model, optimizer, trai
 
 model.backbone.depth = 101
 model.encoder.update(hidden_dim=384, dim_feedforward=2048)
-optimizer.params.backbone_factor = 0.01
+optimizer.params.rules.backbone.factor = 0.01
 train.output_dir = "./output/rtdetrv2_r101_coco"

@@ -2,8 +2,8 @@
 
 from ..common.coco_schedule import train_for
 from ..common.data import dataloader
+from ..common.models.rtdetr_r18 import model
 from ..common.optim import lr_multiplier, optimizer
-from ..common.rtdetr_r18 import model
 from ..common.train import train
 
 train.output_dir = "./output/rtdetrv2_r18_coco"

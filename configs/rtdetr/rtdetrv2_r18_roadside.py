@@ -6,8 +6,8 @@ from detectron2.config import LazyCall as L
 from dset_d2.engine.optimizer import flat_cosine
 
 from ..common.data import dataloader
+from ..common.models.rtdetr_r18 import model
 from ..common.optim import optimizer
-from ..common.rtdetr_r18 import model
 from ..common.train import train
 
 model.encoder.update(hidden_dim=128, dim_feedforward=512)

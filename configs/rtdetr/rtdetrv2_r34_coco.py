@@ -6,5 +6,5 @@ from .rtdetrv2_r18_coco import dataloader, lr_multiplier, model, optimizer, trai
 model.backbone.depth = 34
 model.decoder.num_layers = 4
 model.multi_scale = SCALES
-optimizer.params.backbone_factor = 0.5
+optimizer.params.rules.backbone.factor = 0.5
 train.output_dir = "./output/rtdetrv2_r34_coco"

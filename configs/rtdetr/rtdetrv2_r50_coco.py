@@ -7,6 +7,6 @@ model.backbone.update(depth=50, freeze_at=0, freeze_norm=True)
 model.encoder.update(in_channels=[512, 1024, 2048], expansion=1.0)
 model.decoder.num_layers = 6
 model.multi_scale = SCALES
-optimizer.params.backbone_factor = 0.1
+optimizer.params.rules.backbone.factor = 0.1
 train.output_dir = "./output/rtdetrv2_r50_coco"
 train_for(72, 1, train, dataloader, model)

@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from detectron2.solver import WarmupParamScheduler
@@ -12,65 +14,79 @@ from torch import nn
 from ..clock import begin_training
 from ..modeling import MetaArch
 from ..modeling.freezing import drop_dormant_gradients
-from ..modeling.lora import is_lora
 
 # Vectors and tokens that are decayed as little as biases and norms, by their last names.
 BIASES = ("in_proj_bias", "q_bias", "v_bias", "b1", "b2")
 NO_DECAY = (*BIASES, "gamma_1", "gamma_2", "cls_token", "reg_token")
 
-VIT = "backbone.dinov3."
+
+@dataclass(frozen=True)
+class RateRule:
+    """The learning rate of all parameters whose names a pattern finds, relative to the others'.
+
+    Args:
+        pattern: regular expression, searched for in the names.
+        factor: of the rate.
+        decay: rate of each block relative to the next one's, by the number that the pattern's
+            group ``block`` matches; parameters where it matches none lie below the first block.
+    """
+
+    pattern: str
+    factor: float = 1.0
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.factor < 0 or self.decay <= 0:
+            raise ValueError(f"{self}: factor must not be negative, and decay must be positive")
+        if self.decay != 1 and "block" not in re.compile(self.pattern).groupindex:
+            raise ValueError(f"{self}: decay needs a group (?P<block>...) in the pattern")
+
+    def factors(self, names: Iterable[str]) -> dict[str, float]:
+        """The factor of each parameter that the pattern finds.
+
+        Raises:
+            ValueError: if it finds none, as if misspelt.
+        """
+        found = {name: match for name in names if (match := re.search(self.pattern, name))}
+        if not found:
+            raise ValueError(f"no parameter's name has the pattern {self.pattern!r}")
+        blocks = {name: int(match.groupdict().get("block") or -1) for name, match in found.items()}
+        last = max(blocks.values())
+        return {name: self.factor * self.decay ** (last - n) for name, n in blocks.items()}
 
 
 def parameter_groups(
     model: nn.Module,
     base_lr: float,
     weight_decay: float,
-    backbone_factor: float = 1.0,
-    encoder_factor: float = 1.0,
-    vit_factor: float = 1.0,
-    layer_decay: float = 1.0,
+    rules: Mapping[str, Mapping] | None = None,
 ) -> list[dict]:
     """Parameter groups: norms (by module type) and biases without decay, some parts slower.
 
     Args:
-        backbone_factor: learning rate of ``model.backbone`` relative to ``base_lr``.
-        encoder_factor: that of ``model.encoder``, but for its sparse parts.
-        vit_factor: that of the backbone's ViT, if it has one, relative to the rest of the
-            backbone; low-rank updates, which start from nothing, count as the rest.
-        layer_decay: learning rate of each of the ViT's blocks relative to the next one's.
+        rules: settings of a :class:`RateRule` each, under names for configs and overrides to
+            change them by. The factors of all rules that find a parameter multiply ``base_lr``,
+            in whatever order.
+
+    Raises:
+        ValueError: if a rule's pattern finds no parameter, trained or frozen.
     """
     if isinstance(model, MetaArch):
-        begin_training(model, model.clock)
-    vit = getattr(getattr(model, "backbone", None), "dinov3", None)
-    depth = len(vit.blocks) if vit is not None else 0
-
-    def factor(name: str) -> float:
-        if name.startswith("encoder."):
-            return 1.0 if {"router", "experts", "pruner"} & set(name.split(".")) else encoder_factor
-        if not name.startswith("backbone."):
-            return 1.0
-        if not name.startswith(VIT) or is_lora(name):
-            return backbone_factor
-        return backbone_factor * vit_factor * layer_decay ** layers_above(name, depth)
-
+        begin_training(model, model.clock)  # workers follow it, also if a checkpoint is loaded
+    factors = dict.fromkeys((name for name, _ in model.named_parameters()), 1.0)
+    for rule in (rules or {}).values():
+        for name, factor in RateRule(**rule).factors(factors).items():
+            factors[name] *= factor
     return get_default_optimizer_params(
         model,
         base_lr=base_lr,
         weight_decay=weight_decay,
         weight_decay_norm=0.0,
         weight_decay_bias=0.0,
-        lr_factor_func=factor,
+        # Detectron2 puts a dot in front of the names of the model's own parameters.
+        lr_factor_func=lambda name: factors[name.removeprefix(".")],
         overrides={name: {"weight_decay": 0.0} for name in NO_DECAY},
     )
-
-
-def layers_above(name: str, depth: int) -> int:
-    """How many of a ViT's blocks follow a parameter: 0 in the last block and in the final norm,
-    ``depth`` in the patch embedding and the tokens."""
-    block = re.match(rf"{re.escape(VIT)}blocks\.(\d+)\.", name)
-    if block:
-        return depth - 1 - int(block[1])
-    return 0 if name.startswith(f"{VIT}norm.") else depth
 
 
 def build_adamw(

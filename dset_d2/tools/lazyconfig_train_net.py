@@ -30,6 +30,7 @@ from omegaconf import DictConfig
 
 from ..checkpoint import load_upstream
 from ..config import apply_overrides, load_config
+from ..engine.checkpointer import AtomicCheckpointer, InitialCheckpointer
 from ..engine.ema import ModelEMA
 from ..engine.hooks import (
     BestCheckpointer,
@@ -38,7 +39,7 @@ from ..engine.hooks import (
     EpochReporter,
     SparsityPictures,
 )
-from ..engine.trainer import AtomicCheckpointer, InitialCheckpointer, trainer_class
+from ..engine.trainer import trainer_class
 from ..modeling.sparse import MoE, TokenPruner
 
 logger = logging.getLogger("dset_d2")  # not __main__, which nobody listens to

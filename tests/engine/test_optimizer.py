@@ -3,44 +3,77 @@ import torch
 from detectron2.config import instantiate
 from torch import nn
 
+import dset_d2
+from dset_d2.config import apply_overrides
 from dset_d2.engine.optimizer import (
     build_adamw,
     flat_cosine,
     parameter_groups,
     warmup_constant,
 )
+from dset_d2.modeling import LoRAConfig
 from dset_d2.modeling.sparse import MoE, MoEConfig
 
 from ..conftest import tiny_config, tiny_dinov3
 
+DINOV3 = "projects/dfine_dinov3/configs/dfine_dinov3_s_coco.py"
 
-def settings_by_name(**params) -> dict[str, dict]:
-    cfg = tiny_config()
-    cfg.optimizer.params.update(params)
-    model = instantiate(cfg.model)
-    cfg.optimizer.params.model = model
-    optimizer = instantiate(cfg.optimizer)
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    return {name: groups[id(p)] for name, p in model.named_parameters()}
+
+def settings(model: nn.Module, groups: list[dict]) -> dict[str, dict]:
+    """The group of each trained parameter, by its name."""
+    by_parameter = {id(p): group for group in groups for p in group["params"]}
+    return {n: by_parameter[id(p)] for n, p in model.named_parameters() if p.requires_grad}
+
+
+def configured(*overrides: str, path: str = "configs/rtdetr/rtdetrv2_r18_coco.py") -> dict:
+    cfg = apply_overrides(tiny_config(path), list(overrides))
+    cfg.optimizer.params.model = instantiate(cfg.model)
+    return settings(cfg.optimizer.params.model, instantiate(cfg.optimizer).param_groups)
 
 
 def test_norms_and_biases_have_no_decay():
-    for name, group in settings_by_name().items():
+    for name, group in configured().items():
         plain = name.endswith("bias") or ".norm" in name
         assert group["weight_decay"] == (0 if plain else 1e-4), name
 
 
-def test_backbone_factor():
-    for name, group in settings_by_name(backbone_factor=0.1).items():
+def test_rates_from_the_command_line():
+    for name, group in configured("optimizer.params.rules.backbone.factor=0.1").items():
         assert group["lr"] == pytest.approx(1e-5 if name.startswith("backbone.") else 1e-4)
+    with pytest.raises(KeyError, match="close to it: optimizer.params.rules.backbone.factor"):
+        configured("optimizer.params.rules.backbon.factor=0.1")
+
+
+def test_factors_of_rules_multiply():
+    model = nn.Module()
+    model.token, model.body = nn.Parameter(torch.zeros(2)), nn.Sequential(nn.Linear(2, 2))
+    rules = {
+        "weights": {"pattern": "weight$", "factor": 0.5},
+        "body": {"pattern": r"^body\.", "factor": 0.1},
+    }
+    found = settings(model, parameter_groups(model, base_lr=2.0, weight_decay=0.1, rules=rules))
+    rates = {name: group["lr"] for name, group in found.items()}
+    assert rates == pytest.approx({"token": 2, "body.0.weight": 0.1, "body.0.bias": 0.2})
+
+
+@pytest.mark.parametrize(
+    "rule, message",
+    [
+        ({"pattern": r"^bakbone\."}, r"no parameter's name has the pattern '\^bakbone"),
+        ({"pattern": "weight", "factor": -1.0}, "factor=-1.0.*must not be negative"),
+        ({"pattern": "weight", "decay": 0.0}, "decay=0.0.*must be positive"),
+        ({"pattern": r"(\d+)", "decay": 0.5}, "decay needs a group"),
+    ],
+)
+def test_wrong_rules_are_refused(rule, message):
+    with pytest.raises(ValueError, match=message):
+        parameter_groups(nn.Sequential(nn.Linear(2, 2)), 1.0, 0.1, rules={"rule": rule})
 
 
 def test_biases_of_experts_have_no_decay():
     model = MoE(MoEConfig(num_experts=2, top_k=1), 8, 16, "relu")
-    groups = parameter_groups(model, base_lr=1.0, weight_decay=0.1)
-    decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
-    found = {name: decay[id(p)] for name, p in model.named_parameters()}
-    assert found == {
+    groups = settings(model, parameter_groups(model, base_lr=1.0, weight_decay=0.1))
+    assert {name: group["weight_decay"] for name, group in groups.items()} == {
         "router.weight": 0.1,
         **{f"experts.{name}": 0.1 for name in ("w1", "w2")},
         **{f"experts.{name}": 0.0 for name in ("b1", "b2")},
@@ -77,28 +110,24 @@ def test_groups_skip_frozen_parameters():
 
 
 def test_sparse_parts_of_the_encoder_learn_at_full_rate():
-    model = nn.ModuleDict({"backbone": nn.Linear(2, 2), "encoder": nn.Module()})
-    model["encoder"].pruner = nn.Linear(2, 2)
-    model["encoder"].norm = nn.LayerNorm(2)
-    groups = parameter_groups(model, 1.0, 0.1, backbone_factor=0.1, encoder_factor=0.2)
-    rates = {id(p): g["lr"] for g in groups for p in g["params"]}
-    found = {name: rates[id(p)] for name, p in model.named_parameters()}
-    assert found["backbone.weight"] == pytest.approx(0.1)
-    assert found["encoder.norm.weight"] == pytest.approx(0.2)
-    assert found["encoder.pruner.weight"] == 1.0
+    for name, group in configured(path="projects/dset/configs/dset_r18_dair_v2x.py").items():
+        sparse = {"router", "experts", "pruner"} & set(name.split("."))
+        slow = name.startswith(("backbone.", "encoder.")) and not sparse
+        assert group["lr"] == pytest.approx(1e-5 if slow else 1e-4), name
 
 
-def vit_settings(**params) -> dict[str, dict]:
-    model = tiny_dinov3(freeze=None)
-    groups = parameter_groups(model, base_lr=1.0, weight_decay=0.1, **params)
-    by_parameter = {id(p): group for group in groups for p in group["params"]}
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return {name: by_parameter[id(p)] for name, p in trained}
+def vit_settings(*overrides: str, **backbone) -> dict[str, dict]:
+    cfg = apply_overrides(dset_d2.get_config(DINOV3), ["optimizer.lr=1", *overrides])
+    cfg.optimizer.params.model = tiny_dinov3(freeze=None, **backbone)
+    return settings(cfg.optimizer.params.model, instantiate(cfg.optimizer).param_groups)
 
 
 def test_rates_fall_with_the_vits_depth():
-    settings = vit_settings(backbone_factor=0.5, vit_factor=0.2, layer_decay=0.8)
-    rates = {name: group["lr"] for name, group in settings.items()}
+    rules = "optimizer.params.rules"
+    found = vit_settings(
+        f"{rules}.backbone.factor=0.5", f"{rules}.vit.factor=0.2", f"{rules}.vit_depth.decay=0.8"
+    )
+    rates = {name: group["lr"] for name, group in found.items()}
     vit = "backbone.dinov3."
     for index in range(6):
         expected = 0.1 * 0.8 ** (5 - index)
@@ -112,11 +141,17 @@ def test_rates_fall_with_the_vits_depth():
             assert rate == (0.5 if name.startswith("backbone.") else 1), name
 
 
+def test_low_rank_updates_learn_at_full_rate():
+    found = vit_settings("optimizer.params.rules.vit_depth.decay=0.8", lora=LoRAConfig(rank=2))
+    updates = [group["lr"] for name, group in found.items() if ".lora_" in name]
+    assert updates == [1.0] * 6 * 2 * 2
+
+
 def test_vectors_and_tokens_of_the_vit_have_no_decay():
     for name, group in vit_settings().items():
         if name.startswith("backbone.dinov3."):
             decayed = name.endswith((".qkv.weight", "proj.weight", "fc1.weight", "fc2.weight"))
-            assert group["weight_decay"] == (0.1 if decayed else 0), name
+            assert group["weight_decay"] == (1.25e-4 if decayed else 0), name
 
 
 def test_flat_cosine():

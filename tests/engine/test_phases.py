@@ -39,7 +39,8 @@ class Batches:
 def make_trainer(model, first: int = 0, rank: int = 0) -> SimpleTrainer:
     plain = getattr(model, "module", model)
     # A strong decay would show in a parameter that is only multiplied by zero gradients.
-    params = parameter_groups(plain, base_lr=1e-2, weight_decay=0.5, vit_factor=0.1)
+    rules = {"vit": {"pattern": r"^backbone\.dinov3\.", "factor": 0.1}}
+    params = parameter_groups(plain, base_lr=1e-2, weight_decay=0.5, rules=rules)
     optimizer = build_adamw(params, lr=1e-2, weight_decay=0.5)
     trainer = SimpleTrainer(model, Batches(first, rank), optimizer)
     schedule = flat_cosine(max_iter=STEPS, warmup_iters=1, flat=0.5, floor=0.5)

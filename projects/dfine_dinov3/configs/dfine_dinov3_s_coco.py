@@ -11,7 +11,7 @@ from dset_d2.modeling import DINOv3, FreezeConfig, SpatialTuningAdapter
 
 from ....configs.common.coco_schedule import OTHER_SCALES, train_for
 from ....configs.common.data import dataloader
-from ....configs.common.dfine_s import model
+from ....configs.common.models.dfine_s import model
 from ....configs.common.optim import optimizer
 from ....configs.common.train import train
 
@@ -42,7 +42,13 @@ model.multi_scale = OTHER_SCALES + [640] * 20
 dataloader.train.total_batch_size = 32
 optimizer.lr = 5e-4
 optimizer.weight_decay = 1.25e-4
-optimizer.params.update(vit_factor=0.1, layer_decay=1.0)
+# Low-rank updates start from nothing and learn like the rest; the final norm as the last block.
+optimizer.params.rules.update(
+    vit=dict(pattern=r"^backbone\.dinov3\.(?!.*\.lora_)", factor=0.1),
+    vit_depth=dict(
+        pattern=r"^backbone\.dinov3\.(?!norm\.|.*\.lora_)(blocks\.(?P<block>\d+)\.)?", decay=1.0
+    ),
+)
 train.ema.warmup = 1000
 train.output_dir = "./output/dfine_dinov3_s_coco"
 train_for(epochs, plain_epochs, train, dataloader, model)

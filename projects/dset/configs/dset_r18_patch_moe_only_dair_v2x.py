@@ -1,7 +1,13 @@
 """Ablation of DSET-R18: experts in the encoder alone."""
 
+from ....configs.rtdetr.rtdetrv2_r18_dair_v2x import (
+    dataloader,
+    lr_multiplier,
+    model,
+    optimizer,
+    train,
+)
 from .common.sparse import patch_moe
-from .rtdetr_r18_dair_v2x import dataloader, lr_multiplier, model, optimizer, train
 
 model.encoder.moe = patch_moe
 train.output_dir = "./output/dset_r18_patch_moe_only_dair_v2x"

@@ -1,7 +1,7 @@
 """DSET-S: the sparse mechanisms on D-FINE-S, tuned to 40 % of RT-DETRv2-R18's multiply-adds."""
 
+from ....configs.dfine.dfine_s_dair_v2x import dataloader, lr_multiplier, model, optimizer, train
 from .common.sparse import decoder_moe, patch_moe, pruning
-from .dfine_s_dair_v2x import dataloader, lr_multiplier, model, optimizer, train
 
 model.encoder.update(pruning=pruning, moe=patch_moe)
 model.encoder.pruning.keep_ratio = 0.5

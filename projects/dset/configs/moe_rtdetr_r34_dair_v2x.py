@@ -1,7 +1,13 @@
 """MoE-RTDETR-R34: experts in the decoder only."""
 
+from ....configs.rtdetr.rtdetrv2_r34_dair_v2x import (
+    dataloader,
+    lr_multiplier,
+    model,
+    optimizer,
+    train,
+)
 from .common.sparse import decoder_moe
-from .rtdetr_r34_dair_v2x import dataloader, lr_multiplier, model, optimizer, train
 
 model.decoder.moe = decoder_moe
 train.output_dir = "./output/moe_rtdetr_r34_dair_v2x"

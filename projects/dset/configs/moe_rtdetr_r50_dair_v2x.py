@@ -1,7 +1,13 @@
 """MoE-RTDETR-R50: experts in the decoder only."""
 
+from ....configs.rtdetr.rtdetrv2_r50_dair_v2x import (
+    dataloader,
+    lr_multiplier,
+    model,
+    optimizer,
+    train,
+)
 from .common.sparse import decoder_moe
-from .rtdetr_r50_dair_v2x import dataloader, lr_multiplier, model, optimizer, train
 
 model.decoder.moe = decoder_moe
 train.output_dir = "./output/moe_rtdetr_r50_dair_v2x"

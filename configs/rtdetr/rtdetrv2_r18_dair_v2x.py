@@ -1,13 +1,13 @@
-"""The dense control of the study: RT-DETRv2-R18 on the infrastructure side of DAIR-V2X."""
+"""RT-DETRv2-R18 on the infrastructure side of DAIR-V2X, up to 100 epochs at 640 x 640."""
 
 from detectron2.config import LazyCall as L
 
 from dset_d2.engine.optimizer import flat_cosine
 
-from ....configs.common.data import dataloader
-from ....configs.common.optim import optimizer
-from ....configs.common.rtdetr_r18 import model
-from ....configs.common.train import train
+from ..common.data import dataloader
+from ..common.models.rtdetr_r18 import model
+from ..common.optim import optimizer
+from ..common.train import train
 
 model.decoder.num_classes = 8
 dataloader.train.dataset.names = "dair_v2x_i_train"
@@ -16,12 +16,16 @@ dataloader.test.dataset.names = "dair_v2x_i_val"
 epoch = 5042 // 16  # images / batch
 dataloader.strong_augmentation_end = 90 * epoch
 optimizer.update(lr=1e-4, clip_norm=10.0)
-optimizer.params.update(backbone_factor=0.1, encoder_factor=0.1)
+optimizer.params.rules.backbone.factor = 0.1
+# Sparse parts are new where the rest of the encoder is pretrained.
+optimizer.params.rules.encoder = dict(
+    pattern=r"^encoder\.(?!.*\b(router|experts|pruner)\b)", factor=0.1
+)
 lr_multiplier = L(flat_cosine)(
     max_iter="${train.max_iter}", warmup_iters=3 * epoch, flat=0.0, floor=0.01
 )
 train.update(
-    output_dir="./output/rtdetr_r18_dair_v2x",
+    output_dir="./output/rtdetrv2_r18_dair_v2x",
     max_iter=100 * epoch,
     eval_period=epoch,
     epoch_iters=epoch,
