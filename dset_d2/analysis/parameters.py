@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..modeling.encoder.fusion_blocks import RepVggBlock
-from .tracing import Inputs
-from .witness import observe
+from .tracing import Inputs, count_kernels
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ def count_parameters(model: nn.Module, inputs: Inputs) -> dict[str, ParameterCou
     decoder layers above the one that is evaluated. A module of which only a part works on each
     token, such as a mixture of experts, declares that part by ``active_parameters() -> int``.
     """
-    read = observe(model, inputs).read
+    read = count_kernels(model, inputs).read
     counts = {}
     declared = ()  # names begin with these inside of a module that declares its number
     for name, module in model.named_modules():
