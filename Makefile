@@ -30,8 +30,8 @@ RAMP := model.encoder.pruning.end_step=120
 # Small-scale evidence: DSET and its ablations with equal budget and two seeds, side by side.
 bench: $(READY)
 	$(BIN)/python -m dset_d2.tools.make_roadside --output $(DEMO)/datasets --train 480
-	DETECTRON2_DATASETS=$(DEMO)/datasets $(BIN)/python -m dset_d2.tools.study \
-		--config-file $(DEMO_CONFIG) --output output/study --seeds 0 1 \
+	DETECTRON2_DATASETS=$(DEMO)/datasets $(BIN)/python -m dset_d2.tools.ablation \
+		--config-file $(DEMO_CONFIG) --output output/ablation --seeds 0 1 \
 		--variant "RT-DETR: configs/rtdetr/rtdetrv2_r18_roadside.py" \
 		--variant "MoE-RTDETR: model.encoder.pruning=null model.encoder.moe=null" \
 		--variant "patch-MoE: model.encoder.pruning=null model.decoder.moe=null" \

@@ -20,8 +20,7 @@ from fvcore.nn.jit_handles import generic_activation_jit, get_shape
 from torch import nn
 
 from ..modeling import Knobs
-from .tracing import Inputs, analyse
-from .witness import observe
+from .tracing import Inputs, analyse, count_kernels
 
 # Operators that hold no multiply-adds, or only those that the module's docstring leaves out;
 # fvcore's own list of such operators comes on top.
@@ -102,7 +101,7 @@ def attention(inputs, outputs) -> int:
 def grouped_mm(inputs, outputs) -> int:
     """One product per group.
 
-    Shapes suffice: groups share out the rows (or columns, or the inner dimension) of an operand,
+    Shapes suffice: groups divide the rows (or columns, or the inner dimension) of an operand,
     so that their products add up to one as large as the whole.
     """
     left, right = get_shape(inputs[0]), get_shape(inputs[1])
@@ -165,7 +164,7 @@ def count_flops(model: nn.Module, inputs: Inputs, knobs: Knobs | None = None) ->
     by_module = {name: int(sum(c.values())) for name, c in counts.items()}
     by_operator = {name: int(count) for name, count in counts[""].most_common()}
     traced = sum(count for name, count in by_operator.items() if name in PRODUCTS)
-    real = observe(model, inputs, knobs).products
+    real = count_kernels(model, inputs, knobs).products
     if traced != real:
         raise ValueError(
             f"traced, the model's products take {traced} multiply-adds, untraced {real}: does a "

@@ -28,7 +28,7 @@ class Latency:
     ratio_quartiles: tuple[float, float]
 
 
-def clock() -> float:
+def synchronised_time() -> float:
     """Seconds, once the GPU has done all that it was given."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
@@ -49,20 +49,20 @@ def measure(
     times = np.empty((rounds, len(callables)))
     for index in trange(-warmup, rounds, desc="timing", leave=False):
         for column, call in enumerate(callables.values()):
-            start = clock()
+            start = synchronised_time()
             call()
-            elapsed = clock() - start
+            elapsed = synchronised_time() - start
             if index >= 0:
                 times[index, column] = elapsed
     ratios = times / times[:, :1]
     return {
-        name: Latency(*centre(times[:, column]), *centre(ratios[:, column]))
-        for column, name in enumerate(callables)
+        name: Latency(*median_and_quartiles(seconds), *median_and_quartiles(ratio))
+        for name, seconds, ratio in zip(callables, times.T, ratios.T)
     }
 
 
-def centre(values: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """Median and quartiles."""
+def median_and_quartiles(values: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """The median of (n,) values, and their (lower, upper) quartiles."""
     low, median, high = np.percentile(values, (25, 50, 75)).tolist()
     return median, (low, high)
 
@@ -107,7 +107,7 @@ class ModuleTimer:
         self.times = times
 
     def start(self, module, args) -> None:
-        self.started = clock()
+        self.started = synchronised_time()
 
     def stop(self, module, args, output) -> None:
-        self.times[-1] += clock() - self.started
+        self.times[-1] += synchronised_time() - self.started

@@ -1,13 +1,14 @@
-"""Parameters that a model has, and those that work on a token."""
+"""Parameters that a model has, those that work on a token, and those that are deployed."""
 
+import copy
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from ..modeling import Knobs, forward_context
+from ..modeling import DETRDetector, Knobs, forward_context
 from ..modeling.encoder.fusion_blocks import RepVggBlock
-from .tracing import Inputs
-from .witness import observe
+from .tracing import Inputs, count_kernels
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def count_parameters(
     decoder layers above the one that is evaluated. A module of which only a part works on each
     token, such as a mixture of experts, declares that part by ``active_parameters() -> int``.
     """
-    read = observe(model, inputs, knobs).read
+    read = count_kernels(model, inputs, knobs).read
     counts = {}
     declared = ()  # names begin with these inside of a module that declares its number
     with forward_context(knobs=knobs or Knobs()):
@@ -58,32 +59,32 @@ def active_parameters(module: nn.Module, read: set[int], seen: set[int]) -> int:
     return sum(own[key] for key in new) + children
 
 
-def deployed_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Parameters of a detector in training and deployed, by part; "" is the whole.
+def deployed_parameters(model: DETRDetector) -> dict[str, tuple[int, int]]:
+    """Parameters of a detector as it is trained and deployed, by part; "" is the whole.
 
-    Deployed, it has no denoising queries, no decoder layers above the one that is evaluated, no
-    scores of the layers below; and a RepVGG block is one 3x3 convolution with a bias.
+    Deployed, a RepVGG block is one convolution, and what no kernel reads is left out, such as
+    denoising queries and decoder layers above the one that is evaluated. Experts stay together,
+    since another image may need those that this one does not.
     """
-    gone = {}  # parameters that deployment takes away, by module name
-    evaluated = model.decoder.eval_idx
-    for name, module in model.named_modules():
-        total = sum(p.numel() for p in module.parameters())
-        parent, _, index = name.rpartition(".")
-        if name == "decoder.denoising_class_embed":
-            gone[name] = total
-        elif parent in ("decoder.dec_score_head", "decoder.decoder.lqe_layers"):
-            gone[name] = total if int(index) != evaluated else 0
-        elif parent in ("decoder.dec_bbox_head", "decoder.decoder.layers"):
-            gone[name] = total if int(index) > evaluated else 0
-        elif isinstance(module, RepVggBlock):
-            kernel = module.conv1.conv.weight
-            gone[name] = total - kernel.numel() - len(kernel)
+    deployed = copy.deepcopy(model).eval()
+    for name, module in list(deployed.named_modules()):
+        if isinstance(module, RepVggBlock):
+            deployed.set_submodule(name, module.fuse())
+    # Smaller, and the image might have too few tokens to be pruned.
+    image = torch.zeros(1, 3, 640, 640, device=model.device)
+    kept = count_kernels(deployed, image).read
+    for module in deployed.modules():
+        if hasattr(module, "active_parameters"):
+            own = {id(p) for p in module.parameters()}
+            kept |= own if own & kept else set()
     counts = {}
     for name in ("", "backbone", "backbone.dinov3", "backbone.adapter", "encoder", "decoder"):
         try:
-            total = sum(p.numel() for p in model.get_submodule(name).parameters())
+            trained, part = model.get_submodule(name), deployed.get_submodule(name)
         except AttributeError:  # another backbone's parts
             continue
-        less = sum(n for key, n in gone.items() if not name or key.startswith(f"{name}."))
-        counts[name] = (total, total - less)
+        counts[name] = (
+            sum(p.numel() for p in trained.parameters()),
+            sum(p.numel() for p in part.parameters() if id(p) in kept),
+        )
     return counts

@@ -1,8 +1,9 @@
-"""Running and tracing a model's inference, which is left as it was."""
+"""Inference of a model, traced or watched kernel by kernel; the model is left as it was."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 
 import torch
 from fvcore.nn.jit_analysis import JitModelAnalysis
@@ -10,10 +11,23 @@ from fvcore.nn.jit_handles import Handle
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..modeling import Knobs, MetaArch, forward_context
 
 Inputs = Tensor | tuple | list[dict]
+
+# Where the two factors stand among the arguments of a product.
+FACTORS = {
+    "aten::_grouped_mm": 0,
+    "aten::addmm": 1,
+    "aten::baddbmm": 1,
+    "aten::bmm": 0,
+    "aten::convolution": 0,
+    "aten::dot": 0,
+    "aten::mm": 0,
+    "aten::mv": 0,
+}
 
 
 def bind(model: nn.Module, inputs: Inputs, knobs: Knobs | None = None) -> Callable[[], object]:
@@ -130,3 +144,41 @@ def analyse(
         {name: counts[full] for name, full in names.items()},
         {name: analysis.unsupported_ops(full) for name, full in names.items()},
     )
+
+
+class KernelCounter(TorchDispatchMode):
+    """Sees every kernel that runs, below all modules and whatever a trace makes of them.
+
+    Attributes:
+        products: multiply-adds of convolutions and matrix products.
+        read: ids of the tensors that some kernel was given.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
+        self.read: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.read.update(id(x) for x in tensors_in([*args, *kwargs.values()]))
+        result = func(*args, **kwargs)
+        name = func._schema.name
+        if name in FACTORS:
+            left, right = args[FACTORS[name] :][:2]
+            if name == "aten::convolution":
+                pixels = left if args[6] else result  # transposed
+                self.products += pixels.numel() * prod(right.shape[1:])
+            elif name == "aten::_grouped_mm" and left.dim() == right.dim() == 2:
+                self.products += left.shape[0] * right.numel()
+            else:
+                self.products += result.numel() * left.shape[-1]
+        return result
+
+
+def count_kernels(model: nn.Module, inputs: Inputs, knobs: Knobs | None = None) -> KernelCounter:
+    """Run inference untraced under a counter of its kernels."""
+    run = bind(model, inputs, knobs)
+    with inference(model), KernelCounter() as counter:
+        run()
+    return counter

@@ -76,7 +76,7 @@ SPLITS = ("train", "val", "test")
 
 
 class DataError(ValueError):
-    """A data set's file is missing or wrong; the message names the file and the record."""
+    """A data set's file is missing or wrong; the message names the file and the entry."""
 
 
 def read_json(path: Path, kind: type) -> list | dict:
@@ -92,26 +92,26 @@ def read_json(path: Path, kind: type) -> list | dict:
     return content
 
 
-def number(record: dict, key: str, where: str) -> float:
+def number(entry: dict, key: str, where: str) -> float:
     """A finite number that may be written as a string."""
     try:
-        value = float(record[key])
+        value = float(entry[key])
     except KeyError:
         raise DataError(f"{where}: no field {key!r}") from None
     except (TypeError, ValueError):
-        raise DataError(f"{where}: field {key!r} is {record[key]!r}, not a number") from None
+        raise DataError(f"{where}: field {key!r} is {entry[key]!r}, not a number") from None
     if not math.isfinite(value):
-        raise DataError(f"{where}: field {key!r} is {record[key]!r}, not finite")
+        raise DataError(f"{where}: field {key!r} is {entry[key]!r}, not finite")
     return value
 
 
-def state(record: dict, key: str, where: str) -> int:
+def state(entry: dict, key: str, where: str) -> int:
     """An occlusion or truncation state, 0 (none) to 2; 0 where it is absent."""
-    if key not in record:
+    if key not in entry:
         return 0
-    value = number(record, key, where)
+    value = number(entry, key, where)
     if value not in (0, 1, 2):
-        raise DataError(f"{where}: field {key!r} is {record[key]!r}, not 0, 1 or 2")
+        raise DataError(f"{where}: field {key!r} is {entry[key]!r}, not 0, 1 or 2")
     return int(value)
 
 
@@ -139,40 +139,38 @@ def read_label(
         ``iscrowd`` regions, one for each class that they may stand for.
 
     Raises:
-        DataError: on a malformed file or an unknown type, naming the record.
+        DataError: on a malformed file or an unknown type, naming the entry.
     """
     ids = class_map(classes)
     annotations = []
-    for index, record in enumerate(read_json(path, list)):
-        where = f"{path}: record {index}"
-        if not isinstance(record, dict) or not isinstance(record.get("2d_box"), dict):
+    for index, entry in enumerate(read_json(path, list)):
+        where = f"{path}: entry {index}"
+        if not isinstance(entry, dict) or not isinstance(entry.get("2d_box"), dict):
             raise DataError(f"{where}: no object with a '2d_box'")
-        kind = str(record.get("type", "")).lower().replace("_", "")
+        kind = str(entry.get("type", "")).lower().replace("_", "")
         if kind in IGNORED:
             hidden = IGNORED[kind] or classes
             categories = [ids[name.lower()] for name in hidden]
         elif kind in ids:
             categories = [ids[kind]]
         else:
-            raise DataError(f"{where}: unknown type {record.get('type')!r}")
-        box = clip_box(record["2d_box"], size, where, counts)
+            raise DataError(f"{where}: unknown type {entry.get('type')!r}")
+        box = clip_box(entry["2d_box"], size, where, counts)
         if box is None:
             continue
         counts["ignored"] += kind in IGNORED
         common = {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "iscrowd": int(kind in IGNORED)}
         if kind not in IGNORED:
             for key in ("occluded_state", "truncated_state"):
-                common[key] = state(record, key, where)
+                common[key] = state(entry, key, where)
         annotations += [common | {"category_id": category} for category in categories]
     return annotations
 
 
-def clip_box(
-    record: dict, size: tuple[int, int], where: str, counts: Counter
-) -> list[float] | None:
+def clip_box(entry: dict, size: tuple[int, int], where: str, counts: Counter) -> list[float] | None:
     """The box inside of the image, or None if less than a pixel's width or height is left."""
     height, width = size
-    box = [number(record, key, where) for key in ("xmin", "ymin", "xmax", "ymax")]
+    box = [number(entry, key, where) for key in ("xmin", "ymin", "xmax", "ymax")]
     clipped = [min(max(v, 0.0), limit) for v, limit in zip(box, (width, height) * 2)]
     if clipped[2] - clipped[0] < 1 or clipped[3] - clipped[1] < 1:
         counts["dropped"] += 1
@@ -193,14 +191,14 @@ def read_split(path: Path, keys: tuple[str, ...], split: str) -> set[str]:
     return {str(stem) for stem in content}
 
 
-def label_paths(root: Path, record: dict, stem: str, where: str) -> list[Path]:
+def label_paths(root: Path, entry: dict, stem: str, where: str) -> list[Path]:
     """Where the camera labels may be; the official code and its README name the key differently."""
     paths = []
     for key in ("label_camera_std_path", "label_camera_path"):
-        if not isinstance(record.get(key) or "", str):
-            raise DataError(f"{where}: {key!r} is {record[key]!r}, not a path")
-        if record.get(key):
-            paths.append(root / record[key])
+        if not isinstance(entry.get(key) or "", str):
+            raise DataError(f"{where}: {key!r} is {entry[key]!r}, not a path")
+        if entry.get(key):
+            paths.append(root / entry[key])
     return [*paths, root / "label" / "camera" / f"{stem}.json"]
 
 
@@ -211,7 +209,7 @@ def image_roots(root: Path) -> list[Path]:
 
 
 def find_image(roots: list[Path], relative: str) -> Path | None:
-    """The image in one of the roots, as the record has it or, in a sibling folder, flat."""
+    """The image in one of the roots, as the entry has it or, in a sibling folder, flat."""
     for root in roots:
         for path in (root / relative, root / Path(relative).name):
             if path.is_file():
@@ -227,7 +225,7 @@ def load_dair_v2x(
     classes: tuple[str, ...] = CLASSES_8,
     image_root: str | Path | None = None,
 ) -> list[dict]:
-    """Read one side of DAIR-V2X as Detectron2 dicts.
+    """Read one side of DAIR-V2X as dataset dicts.
 
     Images of the split that are not on disk, among them the unreleased test images, are left out
     and counted in one warning, as are clipped and dropped boxes.
@@ -238,10 +236,10 @@ def load_dair_v2x(
         split: "train", "val" or "test".
         split_keys: where the split lies inside of the file.
         classes: :data:`CLASSES_8` or :data:`CLASSES_10`.
-        image_root: folder that the records' ``image/...`` is relative to, if not ``root``.
+        image_root: folder that the entries' ``image/...`` is relative to, if not ``root``.
 
     Raises:
-        DataError: on a missing or malformed file, naming the file and the record.
+        DataError: on a missing or malformed file, naming the file and the entry.
     """
     root, split_file = Path(root), Path(split_file)
     if not root.is_dir():
@@ -252,21 +250,21 @@ def load_dair_v2x(
     absent = ""
     dataset = []
     info = root / "data_info.json"
-    for index, record in enumerate(read_json(info, list)):
-        where = f"{info}: record {index}"
-        if not isinstance(record, dict) or not isinstance(record.get("image_path"), str):
+    for index, entry in enumerate(read_json(info, list)):
+        where = f"{info}: entry {index}"
+        if not isinstance(entry, dict) or not isinstance(entry.get("image_path"), str):
             raise DataError(f"{where}: no 'image_path'")
-        stem = Path(record["image_path"]).stem
+        stem = Path(entry["image_path"]).stem
         if stem not in wanted:
             continue
         wanted.remove(stem)
         if not stem.isdecimal():
             raise DataError(f"{where}: image name {stem!r} is not a number")
-        image = find_image(roots, record["image_path"])
+        image = find_image(roots, entry["image_path"])
         if image is None:
             counts["missing images"] += 1
             continue
-        paths = label_paths(root, record, stem, where)
+        paths = label_paths(root, entry, stem, where)
         labels = next((path for path in paths if path.is_file()), None)
         if labels is None and split != "test":
             counts["missing labels"] += 1
@@ -296,22 +294,22 @@ def load_dair_v2x(
 
 
 def to_coco(dataset: list[dict], classes: tuple[str, ...], root: str | Path) -> dict:
-    """COCO annotation content of Detectron2 dicts; ids follow from the dicts' order alone.
+    """COCO annotation content of dataset dicts; ids follow from the dicts' order alone.
 
     Category ids start at 1, in the order of ``classes``; file names are relative to ``root``.
     """
     images, annotations = [], []
-    for record in dataset:
-        file_name = os.path.relpath(record["file_name"], root)
-        size = {key: record[key] for key in ("height", "width")}
-        images.append({"id": record["image_id"], "file_name": file_name, **size})
-        for annotation in record["annotations"]:
+    for dataset_dict in dataset:
+        file_name = os.path.relpath(dataset_dict["file_name"], root)
+        size = {key: dataset_dict[key] for key in ("height", "width")}
+        images.append({"id": dataset_dict["image_id"], "file_name": file_name, **size})
+        for annotation in dataset_dict["annotations"]:
             x, y, x2, y2 = annotation["bbox"]
             states = {k: v for k, v in annotation.items() if k.endswith("_state")}
             annotations.append(
                 {
                     "id": len(annotations) + 1,
-                    "image_id": record["image_id"],
+                    "image_id": dataset_dict["image_id"],
                     "category_id": annotation["category_id"] + 1,
                     "bbox": [x, y, x2 - x, y2 - y],
                     "area": (x2 - x) * (y2 - y),

@@ -35,11 +35,11 @@ class Picture(NamedTuple):
     classes: np.ndarray
 
 
-def read_picture(record: dict) -> Picture:
+def read_picture(dataset_dict: dict) -> Picture:
     """Read a dataset dict's image and its objects; regions marked ``iscrowd`` are left out."""
-    image = read_image(record["file_name"])
-    utils.check_image_size(record, image)
-    annotations = [a for a in record.get("annotations", []) if not a.get("iscrowd", 0)]
+    image = read_image(dataset_dict["file_name"])
+    utils.check_image_size(dataset_dict, image)
+    annotations = [a for a in dataset_dict.get("annotations", []) if not a.get("iscrowd", 0)]
     boxes = [utils.BoxMode.convert(a["bbox"], a["bbox_mode"], 0) for a in annotations]
     classes = [a["category_id"] for a in annotations]
     return Picture(
@@ -71,7 +71,7 @@ class DETRMapper:
         compose = result.pop("composition", None)
         if compose is None:
             picture = read_picture(result)
-        else:  # Mosaic asks for an image that is made of several records
+        else:  # Mosaic asks for an image that is made of several others
             picture = compose(read_picture)
             result["height"], result["width"] = picture.image.shape[:2]
         result.pop("annotations", None)

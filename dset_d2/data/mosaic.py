@@ -1,6 +1,6 @@
 """Mosaic and mixup: training images that are made of several images of the data set.
 
-Detectron2's mapper is given one record at a time. Here the data set draws the further ones, and
+Detectron2's mapper is given one dataset dict at a time. Here the data set draws further ones, and
 ``DETRMapper``, which alone reads files, puts them together before its own augmentations::
 
     dataloader.train.dataset = L(Mosaic)(
@@ -22,45 +22,45 @@ from torch.utils.data import Dataset, IterableDataset
 from ..clock import shared_step
 from .mapper import Picture
 
-CENTRE = (0.3, 0.7)  # where the four images meet, as a share of either side
+CENTRE = (0.3, 0.7)  # where the four images meet, as shares of its sides
 BLEND = (0.4, 0.6)  # weight of the second image in a mixup
 
 
 @dataclass(frozen=True)
 class Composition:
-    """The records that one training image is made of, and how.
+    """The dataset dicts that one training image is made of, and how.
 
-    It travels in a dataset dict under "composition". The image has the size of the first record's,
-    so that later augmentations meet what they would meet without a mosaic.
+    It travels in a dataset dict under "composition". The image has the size of the first one's, so
+    that later augmentations meet what they would meet without a mosaic.
 
     Args:
-        layers: one or two tuples of records that are blended; four records lie around a random
-            centre, a single one fills the image.
+        collages: one, or two that are blended; of four dataset dicts, whose images lie around a
+            random centre, or of a single one, whose image fills the whole.
         scale, min_visible, min_side: see :class:`Mosaic`.
     """
 
-    layers: tuple[tuple[dict, ...], ...]
+    collages: tuple[tuple[dict, ...], ...]
     scale: tuple[float, float]
     min_visible: float
     min_side: float
 
     def __call__(self, read: Callable[[dict], Picture]) -> Picture:
-        """Put the image together from what ``read`` makes of the records."""
-        first, *others = self.layers
+        """Put the image together from what ``read`` makes of the dataset dicts."""
+        first, *others = self.collages
         picture = read(first[0])
         if len(first) > 1:
             canvas = np.zeros_like(picture.image)
             picture = self._lay([picture, *map(read, first[1:])], canvas)
-        for layer in others:
-            # Laid over a copy, so that blending changes nothing where the layer has no image.
-            other = self._lay([read(record) for record in layer], picture.image.copy())
+        for collage in others:
+            # Laid over a copy, so that blending changes nothing where the collage has no image.
+            other = self._lay([*map(read, collage)], picture.image.copy())
             images = (Image.fromarray(image) for image in (picture.image, other.image))
             blended = np.array(Image.blend(*images, _uniform(*BLEND)))
             picture = Picture(blended, *map(np.concatenate, zip(picture[1:], other[1:])))
         return picture
 
     def _lay(self, pictures: list[Picture], canvas: np.ndarray) -> Picture:
-        """Draw one layer's pictures on the canvas (H, W, 3), in place."""
+        """Draw one collage's pictures on the canvas (H, W, 3), in place."""
         height, width = canvas.shape[:2]
         if len(pictures) == 1:
             objects = [self._place(pictures[0], canvas, (0, 0, width, height), 1.0)]
@@ -108,17 +108,18 @@ class Composition:
 
 
 class Mosaic(Dataset):
-    """A data set whose items may ask for further records, for Detectron2's training loader.
+    """A data set whose items may ask for further images, for Detectron2's training loader.
 
-    An item is a record of ``dataset`` or, during training steps before ``end``, a copy that has a
-    :class:`Composition` with further records, drawn uniformly. The mapper has to be
-    :class:`DETRMapper`; others see the record alone. Draws follow torch's seed, which Detectron2
-    sets in each worker. Workers share the serialised records, however they are started.
+    An item is a dataset dict of ``dataset`` or, during training steps before ``end``, a copy that
+    has a :class:`Composition` with further ones, drawn uniformly. The mapper has to be
+    :class:`DETRMapper`; others see the first image alone. Draws follow torch's seed, which
+    Detectron2 sets in each worker. The serialised dataset dicts are in memory once for all workers,
+    however these are started.
 
     Args:
         dataset: dataset dicts, or a map-style data set of them.
-        end: training step from which items are plain records, also in workers; batches that are
-            already queued when it is reached stay as they are.
+        end: training step from which items are plain dataset dicts, also in workers; batches that
+            are already queued when it is reached stay as they are.
         prob: probability that four images are laid around a random centre.
         mixup_prob: probability that a second result, a mosaic or not, is blended in; the objects
             of both are kept.
@@ -169,19 +170,19 @@ class Mosaic(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict:
-        record = self.dataset[index]
+        dataset_dict = self.dataset[index]
         if self.step.value >= self.end:
-            return record
-        layers = [self._layer(index)]
+            return dataset_dict
+        collages = [self._collage(index)]
         # Blended with itself, an image would have every object twice.
         if len(self) > 1 and torch.rand(()) < self.mixup_prob:
-            layers.append(self._layer(self._other(index)))
-        if len(layers) == len(layers[0]) == 1:
-            return record
-        composition = Composition(tuple(layers), self.scale, self.min_visible, self.min_side)
-        return record | {"composition": composition}
+            collages.append(self._collage(self._other(index)))
+        if len(collages) == len(collages[0]) == 1:
+            return dataset_dict
+        composition = Composition(tuple(collages), self.scale, self.min_visible, self.min_side)
+        return dataset_dict | {"composition": composition}
 
-    def _layer(self, index: int) -> tuple[dict, ...]:
+    def _collage(self, index: int) -> tuple[dict, ...]:
         indices = [index]
         if torch.rand(()) < self.prob:
             indices += [self._other(index) for _ in range(3)]

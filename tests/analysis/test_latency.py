@@ -17,7 +17,7 @@ class Time:
 @pytest.fixture
 def time(monkeypatch):
     time = Time()
-    monkeypatch.setattr(latency, "clock", lambda: time.now)
+    monkeypatch.setattr(latency, "synchronised_time", lambda: time.now)
     return time
 
 

@@ -56,8 +56,8 @@ class Tree:
     def write_info(self) -> None:
         (self.root / "data_info.json").write_text(json.dumps(self.info))
 
-    def label(self, stem: str, records) -> None:
-        (self.root / f"label/camera/{stem}.json").write_text(json.dumps(records))
+    def label(self, stem: str, entries) -> None:
+        (self.root / f"label/camera/{stem}.json").write_text(json.dumps(entries))
 
     def load(self, split="train", **options) -> list[dict]:
         return load_dair_v2x(self.root, self.split_file, split, **options)
@@ -71,10 +71,10 @@ def tree(tmp_path) -> Tree:
 def test_reads_strings_states_and_sizes(tree):
     box = ("10.5", "20.25", "50", "60")
     tree.label("000001", [entry("Truck", box, occluded_state="1", truncated_state=2)])
-    record = next(r for r in tree.load() if r["image_id"] == 1)
-    assert (record["height"], record["width"]) == (80, 100)
-    assert record["file_name"].endswith("image/000001.jpg")
-    (annotation,) = record["annotations"]
+    dataset_dict = next(d for d in tree.load() if d["image_id"] == 1)
+    assert (dataset_dict["height"], dataset_dict["width"]) == (80, 100)
+    assert dataset_dict["file_name"].endswith("image/000001.jpg")
+    (annotation,) = dataset_dict["annotations"]
     assert annotation["bbox"] == [10.5, 20.25, 50, 60]
     assert annotation["category_id"] == CLASSES_8.index("Truck")
     assert (annotation["occluded_state"], annotation["truncated_state"]) == (1, 2)
@@ -107,9 +107,9 @@ def test_spellings(spelling, eight, ten):
 def test_ignore_types_are_crowd_regions_of_what_they_hide(tree):
     kinds = ["PedestrianIgnore", "CarIgnore", "Unknown_movable"]
     tree.label("000001", [entry(kind, occluded_state="-1") for kind in kinds])
-    record = next(r for r in tree.load() if r["image_id"] == 1)
-    assert all(a["iscrowd"] == 1 for a in record["annotations"])
-    names = [CLASSES_8[a["category_id"]] for a in record["annotations"]]
+    dataset_dict = next(d for d in tree.load() if d["image_id"] == 1)
+    assert all(a["iscrowd"] == 1 for a in dataset_dict["annotations"])
+    names = [CLASSES_8[a["category_id"]] for a in dataset_dict["annotations"]]
     assert names == ["Pedestrian", "Car", "Truck", "Van", "Bus", *CLASSES_8]
 
 
@@ -122,8 +122,8 @@ def test_boxes_are_clipped_or_dropped_with_counts(tree, caplog):
         (200, 0, 220, 9),
     ]
     tree.label("000001", [entry(box=box) for box in boxes])
-    record = next(r for r in tree.load() if r["image_id"] == 1)
-    assert [a["bbox"] for a in record["annotations"]] == [[0, 10, 50, 60], [90, 70, 100, 80]]
+    dataset_dict = next(d for d in tree.load() if d["image_id"] == 1)
+    assert [a["bbox"] for a in dataset_dict["annotations"]] == [[0, 10, 50, 60], [90, 70, 100, 80]]
     assert "2 clipped, 3 dropped" in caplog.text
 
 
@@ -140,15 +140,15 @@ def test_missing_files_are_counted_once(tree, caplog):
 
 
 def test_labels_are_where_any_of_the_keys_says(tree):
-    for record in tree.info:
-        record["label_camera_path"] = (
-            record.pop("label_camera_std_path", None) or record["label_camera_path"]
+    for info in tree.info:
+        info["label_camera_path"] = (
+            info.pop("label_camera_std_path", None) or info["label_camera_path"]
         )
-        record["label_camera_std_path"] = "label/virtuallidar/1.json"  # not released
+        info["label_camera_std_path"] = "label/virtuallidar/1.json"  # not released
     tree.write_info()
     assert len(tree.load()) == 3
-    for record in tree.info:
-        record["label_camera_path"] = "elsewhere.json"
+    for info in tree.info:
+        info["label_camera_path"] = "elsewhere.json"
     tree.write_info()
     assert len(tree.load()) == 3  # label/camera, as the archives have it
     (tree.root / "label/camera").rename(tree.root / "label/other")
@@ -156,7 +156,7 @@ def test_labels_are_where_any_of_the_keys_says(tree):
         tree.load()
     tree.info[0]["label_camera_std_path"] = 5
     tree.write_info()
-    with pytest.raises(DataError, match="record 0: 'label_camera_std_path' is 5, not a path"):
+    with pytest.raises(DataError, match="entry 0: 'label_camera_std_path' is 5, not a path"):
         tree.load()
 
 
@@ -178,21 +178,21 @@ def test_empty_frames_stay(tree):
 
 
 @pytest.mark.parametrize(
-    ("records", "message"),
+    ("entries", "message"),
     [
         ({"type": "Car"}, "expected a list, found dict"),
-        (["Car"], "record 0: no object with a '2d_box'"),
-        ([entry(), {"type": "Car"}], "record 1: no object with a '2d_box'"),
-        ([entry(box=("a", 0, 9, 9))], "record 0: field 'xmin' is 'a', not a number"),
+        (["Car"], "entry 0: no object with a '2d_box'"),
+        ([entry(), {"type": "Car"}], "entry 1: no object with a '2d_box'"),
+        ([entry(box=("a", 0, 9, 9))], "entry 0: field 'xmin' is 'a', not a number"),
         ([entry(box=("__import__('os')", 0, 9, 9))], "not a number"),
         ([entry(box=("nan", 0, 9, 9))], "not finite"),
-        ([entry(box=(1, 2))], "record 0: no field 'xmax'"),
-        ([entry("Spaceship")], "record 0: unknown type 'Spaceship'"),
+        ([entry(box=(1, 2))], "entry 0: no field 'xmax'"),
+        ([entry("Spaceship")], "entry 0: unknown type 'Spaceship'"),
         ([entry(occluded_state="3")], "field 'occluded_state' is '3', not 0, 1 or 2"),
     ],
 )
-def test_bad_labels_name_file_and_record(tree, records, message):
-    tree.label("000002", records)
+def test_bad_labels_name_file_and_entry(tree, entries, message):
+    tree.label("000002", entries)
     with pytest.raises(DataError, match="label/camera/000002.json.*" + message):
         tree.load()
 
@@ -210,10 +210,10 @@ def test_bad_files_are_named(tree):
         tree.load()
 
 
-def test_bad_info_records_are_named(tree):
+def test_bad_info_entries_are_named(tree):
     tree.info.append({"pointcloud_path": "x"})
     tree.write_info()
-    with pytest.raises(DataError, match="data_info.json: record 4: no 'image_path'"):
+    with pytest.raises(DataError, match="data_info.json: entry 4: no 'image_path'"):
         tree.load()
 
 
@@ -314,5 +314,5 @@ def test_official_split_files():
 def test_image_sizes_come_from_the_files(tree):
     Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(tree.root / "image/000001.png")
     (tree.root / "image/000001.png").rename(tree.root / "image/000001.jpg")
-    record = next(r for r in tree.load() if r["image_id"] == 1)
-    assert (record["height"], record["width"]) == (40, 60)
+    dataset_dict = next(d for d in tree.load() if d["image_id"] == 1)
+    assert (dataset_dict["height"], dataset_dict["width"]) == (40, 60)

@@ -24,7 +24,7 @@ FRAME = Path(__file__).parents[3] / "shared" / "data" / "rope3d_frame" / "frame.
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
 
 
-def record(tmp_path, boxes, size=(120, 160)) -> dict:
+def dataset_dict(tmp_path, boxes, size=(120, 160)) -> dict:
     """An image of grey with one coloured rectangle per box, and its dataset dict."""
     image = np.full((*size, 3), 100, np.uint8)
     annotations = []
@@ -58,7 +58,7 @@ def colour_share(image: torch.Tensor, box: torch.Tensor, colour) -> float:
 def test_boxes_follow_their_objects(tmp_path, augmentation):
     boxes = [(10, 10, 50, 40), (60, 50, 110, 100), (100, 20, 150, 60)]
     mapper = DETRMapper(is_train=True, augmentations=[augmentation])
-    source = record(tmp_path, boxes)
+    source = dataset_dict(tmp_path, boxes)
     torch.manual_seed(0)
     seen = 0
     for _ in range(20):
@@ -73,7 +73,7 @@ def test_boxes_follow_their_objects(tmp_path, augmentation):
 
 def test_crop_drops_objects_whose_centre_is_cut_away(tmp_path):
     mapper = DETRMapper(is_train=True, augmentations=[RandomIoUCrop(prob=1.0)])
-    source = record(tmp_path, [(10, 10, 50, 40), (60, 50, 110, 100), (100, 20, 150, 60)])
+    source = dataset_dict(tmp_path, [(10, 10, 50, 40), (60, 50, 110, 100), (100, 20, 150, 60)])
     torch.manual_seed(0)
     counts = {len(mapper(source)["instances"]) for _ in range(40)}
     assert counts <= {1, 2, 3} and len(counts) > 1
@@ -81,7 +81,7 @@ def test_crop_drops_objects_whose_centre_is_cut_away(tmp_path):
 
 def test_photometric_keeps_geometry(tmp_path):
     mapper = DETRMapper(is_train=True, augmentations=[RandomPhotometric(prob=1.0)])
-    source = record(tmp_path, [(10, 10, 50, 40)])
+    source = dataset_dict(tmp_path, [(10, 10, 50, 40)])
     torch.manual_seed(0)
     result = mapper(source)
     plain = DETRMapper(is_train=True, augmentations=[])(source)
@@ -95,7 +95,7 @@ def test_photometric_keeps_geometry(tmp_path):
 def test_strong_augmentation_ends_at_its_step(tmp_path, monkeypatch):
     augmentation = UntilStep(RandomZoomOut(prob=1.0), end=5)
     mapper = DETRMapper(is_train=True, augmentations=[augmentation])
-    source = record(tmp_path, [(10, 10, 50, 40)])
+    source = dataset_dict(tmp_path, [(10, 10, 50, 40)])
     monkeypatch.setattr(shared_step, "value", 4)
     assert mapper(source)["image"].shape[1:] != (120, 160)
     monkeypatch.setattr(shared_step, "value", 5)
@@ -105,7 +105,7 @@ def test_strong_augmentation_ends_at_its_step(tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_see_the_step(tmp_path, method):
     """The trainer's count reaches Detectron2's loader processes, however they were started."""
-    source = record(tmp_path, [(10, 10, 50, 40)]) | {"height": 120, "width": 160}
+    source = dataset_dict(tmp_path, [(10, 10, 50, 40)]) | {"height": 120, "width": 160}
     loader = build_detection_train_loader(
         [source] * 4,
         mapper=DETRMapper(is_train=True, augmentations=[UntilStep(RandomZoomOut(1.0), end=3)]),
@@ -126,7 +126,7 @@ def test_workers_see_the_step(tmp_path, method):
 
 
 def test_crowds_and_slivers_are_no_targets(tmp_path):
-    source = record(tmp_path, [(10, 10, 50, 40), (60, 50, 110, 100)])
+    source = dataset_dict(tmp_path, [(10, 10, 50, 40), (60, 50, 110, 100)])
     source["annotations"][1]["iscrowd"] = 1
     sliver = dict(source["annotations"][0], bbox=[5, 5, 5.5, 30])
     source["annotations"].append(sliver)
@@ -136,7 +136,7 @@ def test_crowds_and_slivers_are_no_targets(tmp_path):
 
 
 def test_images_without_annotations(tmp_path):
-    source = record(tmp_path, [])
+    source = dataset_dict(tmp_path, [])
     augmentations = [RandomIoUCrop(1.0), RandomZoomOut(1.0), T.RandomFlip(), T.Resize((64, 64))]
     result = DETRMapper(is_train=True, augmentations=augmentations)(source)
     assert len(result["instances"]) == 0 and result["image"].shape == (3, 64, 64)
@@ -169,7 +169,7 @@ def test_broken_images_are_named(tmp_path):
 
 
 def test_wrong_size_in_the_dict_is_an_error(tmp_path):
-    source = record(tmp_path, []) | {"height": 5, "width": 5}
+    source = dataset_dict(tmp_path, []) | {"height": 5, "width": 5}
     with pytest.raises(Exception, match="image.png"):
         DETRMapper(is_train=False, augmentations=[])(source)
 

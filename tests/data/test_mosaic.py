@@ -23,7 +23,7 @@ BOXES = [(10, 10, 50, 40), (60, 50, 110, 100), (115, 20, 155, 60)]
 PLAIN = DETRMapper(is_train=True, augmentations=[])
 
 
-def records(folder, sizes, boxes=BOXES) -> list[dict]:
+def dataset_dicts(folder, sizes, boxes=BOXES) -> list[dict]:
     """Grey images of the (height, width) sizes with one coloured rectangle per box."""
     dataset = []
     for number, size in enumerate(sizes):
@@ -57,7 +57,7 @@ def is_plain(item: dict) -> bool:
 )
 def test_boxes_enclose_their_objects(tmp_path, augmentations):
     """Boxes hold nothing but their object, and nothing of its colour lies outside of all boxes."""
-    dataset = records(tmp_path, [(120, 160), (150, 200), (200, 170), (110, 300)])
+    dataset = dataset_dicts(tmp_path, [(120, 160), (150, 200), (200, 170), (110, 300)])
     dataset = mosaic(dataset, min_visible=0.0, min_side=0.0)
     mapper = DETRMapper(is_train=True, augmentations=augmentations, min_box_size=0.0)
     rim, seen = 2, 0  # resampling blurs the rims
@@ -81,7 +81,7 @@ def test_boxes_enclose_their_objects(tmp_path, augmentations):
 
 
 def test_objects_are_neither_lost_nor_made_up(tmp_path):
-    dataset = records(tmp_path, [(120, 160)] * 4)
+    dataset = dataset_dicts(tmp_path, [(120, 160)] * 4)
     torch.manual_seed(0)
     # Small enough for every window: all of the four images is seen.
     whole = mosaic(dataset, scale=(0.3, 0.3))
@@ -100,7 +100,7 @@ def test_objects_are_neither_lost_nor_made_up(tmp_path):
 @pytest.mark.parametrize("min_visible, min_side", [(0.0, 0.0), (0.6, 0.0), (0.0, 12.0)])
 def test_slivers_and_cut_boxes_are_dropped(tmp_path, min_visible, min_side):
     """At a fixed scale of one size of box, what is left of each tells what was cut away."""
-    dataset = records(tmp_path, [(120, 160)] * 4, [(40, 40, 80, 80)])
+    dataset = dataset_dicts(tmp_path, [(120, 160)] * 4, [(40, 40, 80, 80)])
     dataset = mosaic(dataset, scale=(1.0, 1.0), min_visible=min_visible, min_side=min_side)
     torch.manual_seed(0)
     boxes = [PLAIN(dataset[0])["instances"].gt_boxes for _ in range(60)]
@@ -113,10 +113,10 @@ def test_slivers_and_cut_boxes_are_dropped(tmp_path, min_visible, min_side):
 
 
 def test_mixup_keeps_the_objects_of_both(tmp_path):
-    dataset = records(tmp_path, [(120, 160)] * 2)
-    for record in dataset[1:]:
-        Image.new("RGB", (160, 120)).save(record["file_name"])
-        for annotation in record["annotations"]:
+    dataset = dataset_dicts(tmp_path, [(120, 160)] * 2)
+    for dataset_dict in dataset[1:]:
+        Image.new("RGB", (160, 120)).save(dataset_dict["file_name"])
+        for annotation in dataset_dict["annotations"]:
             annotation["category_id"] += 10
     torch.manual_seed(0)
     result = PLAIN(mosaic(dataset, prob=0.0, mixup_prob=1.0)[0])
@@ -129,12 +129,12 @@ def test_mixup_keeps_the_objects_of_both(tmp_path):
     assert abs(red[0] / 255 - (1 - weight)) < 0.02 and red[1] == red[2] == 0
 
     both = mosaic(dataset, mixup_prob=1.0, scale=(0.3, 0.3))[1]
-    assert [len(layer) for layer in both["composition"].layers] == [4, 4]
+    assert [len(collage) for collage in both["composition"].collages] == [4, 4]
     assert len(PLAIN(both)["instances"]) == 24
 
 
 def test_mixup_of_another_size_leaves_the_rest_as_it_is(tmp_path):
-    dataset = records(tmp_path, [(120, 160), (300, 160)], [])
+    dataset = dataset_dicts(tmp_path, [(120, 160), (300, 160)], [])
     Image.new("RGB", (160, 300)).save(dataset[1]["file_name"])
     torch.manual_seed(0)
     image = PLAIN(mosaic(dataset, prob=0.0, mixup_prob=1.0)[0])["image"][0]
@@ -144,20 +144,20 @@ def test_mixup_of_another_size_leaves_the_rest_as_it_is(tmp_path):
 
 
 def test_prob(tmp_path):
-    dataset = records(tmp_path, [(120, 160)] * 3)
+    dataset = dataset_dicts(tmp_path, [(120, 160)] * 3)
     torch.manual_seed(0)
     assert all(is_plain(mosaic(dataset, prob=0.0)[0]) for _ in range(20))
     share = np.mean([is_plain(mosaic(dataset, prob=0.25)[0]) for _ in range(200)])
     assert 0.65 < share < 0.85
 
 
-def test_plain_items_are_the_records(tmp_path):
-    dataset = records(tmp_path, [(120, 160)] * 2)
+def test_plain_items_are_those_of_the_data_set(tmp_path):
+    dataset = dataset_dicts(tmp_path, [(120, 160)] * 2)
     assert [mosaic(dataset, prob=0.0)[i] for i in range(2)] == dataset
 
 
 def test_ends_at_its_step(tmp_path, monkeypatch):
-    dataset = mosaic(records(tmp_path, [(120, 160)] * 2), end=5, mixup_prob=1.0)
+    dataset = mosaic(dataset_dicts(tmp_path, [(120, 160)] * 2), end=5, mixup_prob=1.0)
     monkeypatch.setattr(shared_step, "value", 4)
     assert not is_plain(dataset[0])
     monkeypatch.setattr(shared_step, "value", 5)
@@ -165,13 +165,13 @@ def test_ends_at_its_step(tmp_path, monkeypatch):
 
 
 def test_one_image_is_enough(tmp_path):
-    dataset = mosaic(records(tmp_path, [(120, 160)]), mixup_prob=1.0, scale=(0.3, 0.3))
+    dataset = mosaic(dataset_dicts(tmp_path, [(120, 160)]), mixup_prob=1.0, scale=(0.3, 0.3))
     result = PLAIN(dataset[0])
     assert len(result["instances"]) == 12  # not blended with itself
 
 
 def test_images_without_objects(tmp_path):
-    dataset = records(tmp_path, [(120, 160), (40, 30), (1, 1), (3, 500)], [])
+    dataset = dataset_dicts(tmp_path, [(120, 160), (40, 30), (1, 1), (3, 500)], [])
     dataset[1].pop("annotations")
     dataset = mosaic(dataset, mixup_prob=1.0)
     torch.manual_seed(0)
@@ -185,16 +185,16 @@ def test_images_without_objects(tmp_path):
 
 
 def test_crowds_are_no_targets(tmp_path):
-    dataset = records(tmp_path, [(120, 160)] * 2)
-    for record in dataset:
-        record["annotations"][1]["iscrowd"] = 1
+    dataset = dataset_dicts(tmp_path, [(120, 160)] * 2)
+    for dataset_dict in dataset:
+        dataset_dict["annotations"][1]["iscrowd"] = 1
     result = PLAIN(mosaic(dataset, scale=(0.3, 0.3))[0])
     assert sorted(result["instances"].gt_classes.tolist()) == [0] * 4 + [2] * 4
     assert "annotations" not in result and "composition" not in result
 
 
 def test_broken_images_are_named(tmp_path):
-    dataset = records(tmp_path, [(120, 160)] * 2)
+    dataset = dataset_dicts(tmp_path, [(120, 160)] * 2)
     (tmp_path / "1.png").write_text("no image")
     with pytest.raises(ValueError, match="1.png: cannot read this image"):
         PLAIN(mosaic(dataset)[0])
@@ -225,7 +225,7 @@ def test_wrong_settings_are_named(settings, message):
 
 
 def test_the_seed_decides(tmp_path):
-    dataset = mosaic(records(tmp_path, [(120, 160)] * 4), prob=0.5, mixup_prob=0.5)
+    dataset = mosaic(dataset_dicts(tmp_path, [(120, 160)] * 4), prob=0.5, mixup_prob=0.5)
     mapper = DETRMapper(is_train=True, augmentations=[RandomPhotometric()])
 
     def draw(seed: int) -> list[torch.Tensor]:
@@ -255,7 +255,7 @@ def make_loader(dataset, num_workers: int, method: str):
 @pytest.mark.parametrize("method, num_workers", [("fork", 2), ("spawn", 1)])
 def test_workers(tmp_path, method, num_workers):
     """Runs repeat however workers are started, and the end reaches them."""
-    dataset = records(tmp_path, [(120, 160)] * 4)
+    dataset = dataset_dicts(tmp_path, [(120, 160)] * 4)
     plain = PLAIN(dataset[0])["image"]
     expected = list(itertools.islice(make_loader(dataset, num_workers, "fork"), 4))
     assert not any(torch.equal(a, b) for a, b in itertools.combinations([*expected, plain], 2))
@@ -270,7 +270,7 @@ def test_workers(tmp_path, method, num_workers):
         shared_step.value = 0
 
 
-def test_workers_share_the_records():
+def test_memory_is_common_to_workers():
     """What is pickled for a spawned worker is a handle, however large the data set is."""
     dataset = Mosaic([{"file_name": "x" * 1000} for _ in range(5000)], end=1)
     dataset.step = None  # can be pickled only while a process starts
@@ -279,7 +279,7 @@ def test_workers_share_the_records():
 
 
 def test_augmentations_can_leave_mosaics_out(tmp_path):
-    dataset = records(tmp_path, [(120, 160)] * 2)
+    dataset = dataset_dicts(tmp_path, [(120, 160)] * 2)
     zoom = UntilStep(RandomZoomOut(prob=1.0), end=10, on_mosaic=False)
     mapper = DETRMapper(is_train=True, augmentations=[zoom])
     assert mapper(dataset[0])["image"].shape != (3, 120, 160)

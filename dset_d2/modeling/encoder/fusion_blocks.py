@@ -1,7 +1,9 @@
 """Convolutional blocks of the cross-scale feature fusion."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..layers import ConvNorm, activation
 
@@ -17,6 +19,14 @@ class RepVggBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.conv1(x) + self.conv2(x))
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Sequential:
+        """What the block computes in evaluation mode, as one 3x3 convolution with a bias."""
+        conv, pointwise = (fuse_conv_bn_eval(x.conv, x.norm) for x in (self.conv1, self.conv2))
+        conv.weight += F.pad(pointwise.weight, [1] * 4)
+        conv.bias += pointwise.bias
+        return nn.Sequential(conv, self.act)
 
 
 class CSPRepLayer(nn.Module):

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from dset_d2.data.roadside import write_dataset
-from dset_d2.tools import study
+from dset_d2.tools import ablation
 
 DSET = "projects/dset/configs/dset_r18_roadside.py"
 TINY = [
@@ -25,15 +25,15 @@ TINY = [
 def test_variants_are_trained_once_and_set_side_by_side(tmp_path, monkeypatch, capsys):
     write_dataset(tmp_path, num_train=4, num_val=2, height=96, width=160, seed=1, progress=False)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    options = ["--config-file", DSET, "--seeds", "0", "--output", str(tmp_path / "study")]
+    options = ["--config-file", DSET, "--seeds", "0", "--output", str(tmp_path / "ablation")]
     options += ["--variant", "dense: configs/rtdetr/rtdetrv2_r18_roadside.py"]
     options += [
         "--variant",
         "DSET: model.encoder.pruning.min_tokens=2 model.encoder.pruning.end_step=0",
     ]
     options += ["--latency-rounds", "1", "--opts", *TINY]
-    study.main(options)
-    dense, sparse = json.loads((tmp_path / "study/results.json").read_text())
+    ablation.main(options)
+    dense, sparse = json.loads((tmp_path / "ablation/results.json").read_text())
     assert dense["variant"] == "dense" and dense["latency_ratio"] == 1.0
     assert dense["foreground_recall"] == [None]
     kept, share = sparse["foreground_recall"][0]
@@ -42,32 +42,32 @@ def test_variants_are_trained_once_and_set_side_by_side(tmp_path, monkeypatch, c
     assert share == pytest.approx(5 / 6)  # ceil(.7 * 6) of 2 x 3 tokens
     assert 0 < sparse["GMACs"] != dense["GMACs"]
     assert "latency ratio" in capsys.readouterr().out
-    assert (tmp_path / "study/curves.png").stat().st_size > 0
+    assert (tmp_path / "ablation/curves.png").stat().st_size > 0
 
-    weights = tmp_path / "study/DSET_0/model_final.pth"
+    weights = tmp_path / "ablation/DSET_0/model_final.pth"
     before = weights.stat().st_mtime_ns
-    study.main(options)
+    ablation.main(options)
     assert weights.stat().st_mtime_ns == before
 
     with pytest.raises(SystemExit):  # a longer run would be set beside shorter ones
-        study.main([*options, "train.max_iter=3"])
+        ablation.main([*options, "train.max_iter=3"])
     assert "dense_0 holds a run with other settings" in capsys.readouterr().err
-    (tmp_path / "study/DSET_0/settings.json").unlink()  # whatever run that was
+    (tmp_path / "ablation/DSET_0/settings.json").unlink()  # whatever run that was
     with pytest.raises(SystemExit):
-        study.main(options)
+        ablation.main(options)
     assert "DSET_0 holds a run with other settings" in capsys.readouterr().err
 
 
 def test_a_run_that_did_not_start_can_be_corrected(tmp_path):
-    run = study.Run(DSET, ["train.max_itr=2"], tmp_path / "DSET_0")
-    study.claim(run)
+    run = ablation.Run(DSET, ["train.max_itr=2"], tmp_path / "DSET_0")
+    ablation.claim(run)
     with pytest.raises(RuntimeError, match="stdout.txt says why"):
-        study.train(run)
+        ablation.train(run)
     assert "train.max_iter" in (run.folder / "stdout.txt").read_text()
-    study.claim(run._replace(overrides=["train.max_iter=2"]))
+    ablation.claim(run._replace(overrides=["train.max_iter=2"]))
 
 
 def test_a_variant_needs_a_name(capsys):
     with pytest.raises(SystemExit):
-        study.main(["--config-file", DSET, "--variant", "model.x=1", "--output", "x"])
+        ablation.main(["--config-file", DSET, "--variant", "model.x=1", "--output", "x"])
     assert "not of the form 'name: overrides'" in capsys.readouterr().err

@@ -1,8 +1,8 @@
 """Train variants of a small config with equal budget and several seeds, and set them side by side.
 
-    python -m dset_d2.tools.study --config-file projects/dset/configs/dset_r18_roadside.py \\
+    python -m dset_d2.tools.ablation --config-file projects/dset/configs/dset_r18_roadside.py \\
         --variant "dense: model.encoder.moe=null ..." --variant "DSET:" --seeds 0 1 \\
-        --output output/study
+        --output output/ablation
 
 A variant is a name, a colon and the overrides that make it; a first word that ends in .py is its
 config instead of --config-file. The first variant is what GMACs and latencies are relative to.
@@ -69,13 +69,13 @@ def claim(run: Run) -> None:
     Raises:
         UsageError: if the folder holds another run.
     """
-    record = run.folder / "settings.json"
+    file = run.folder / "settings.json"
     settings = {"config": run.config_file, "overrides": run.overrides}
     if (run.folder / "last_checkpoint").exists():
-        if not record.exists() or json.loads(record.read_text()) != settings:
-            raise UsageError(f"{run.folder} holds a run with other settings, see {record}")
+        if not file.exists() or json.loads(file.read_text()) != settings:
+            raise UsageError(f"{run.folder} holds a run with other settings, see {file}")
     else:
-        write_json(record, settings)
+        write_json(file, settings)
 
 
 def train(run: Run) -> None:
