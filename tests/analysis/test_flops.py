@@ -10,7 +10,7 @@ from torch import nn
 
 import dset_d2
 from dset_d2.analysis import count_activations, count_flops, count_parameters
-from dset_d2.modeling.decoder.deformable_attention import MSDeformableAttention
+from dset_d2.modeling.decoder.deformable_attention import Memory, MSDeformableAttention
 from dset_d2.modeling.encoder.hybrid_encoder import TransformerEncoderLayer
 from tests.conftest import make_inputs, sparse_model, tiny_model
 
@@ -200,7 +200,7 @@ def test_deformable_attention():
     memory = torch.rand(2, 39, 32)
 
     def function(self, query, reference, memory):
-        return self.attention(query, reference, memory, shapes)
+        return self.attention(query, reference, Memory(memory, shapes))
 
     args = torch.rand(2, 7, 32), torch.rand(2, 7, 4), memory
     report = flops_of(function, *args, attention=attention)
@@ -222,7 +222,7 @@ def test_encoder_layer():
         "scaled_dot_product_attention": attention["scaled_dot_product_attention"],
         "layer_norm": 2 * 2 * 9 * 32 * 5,
     }
-    assert report.by_module["linear1"] == report.by_module["linear2"] == ffn
+    assert report.by_module["ffn.linear1"] == report.by_module["ffn.linear2"] == ffn
     assert report.by_module["self_attn"] == sum(attention.values())
 
 

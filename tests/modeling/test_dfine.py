@@ -10,12 +10,13 @@ from detectron2.modeling import build_model
 
 import dset_d2
 from dset_d2.config import add_detr_config
-from dset_d2.modeling import DFINECriterion, DFINEDecoder, HungarianMatcher
+from dset_d2.modeling import DFINECriterion, DFINEDecoder, Encoded, HungarianMatcher
 from dset_d2.modeling.criterion.dfine_criterion import distillation, fine_grained, unite
 from dset_d2.modeling.criterion.matcher import Matches
 from dset_d2.modeling.criterion.set_criterion import pair
 from dset_d2.modeling.decoder.dfine import LQE, Gate
 from dset_d2.modeling.decoder.distribution import EdgeDistribution
+from dset_d2.modeling.layers import Padding
 from dset_d2.modeling.sparse import MemoryPruningConfig
 
 from ..conftest import make_inputs, make_targets, tiny_config, tiny_model
@@ -157,15 +158,15 @@ def test_padding_changes_nothing(path):
     levels = len(model.encoder.in_features)
     sizes = [(16 // 2**i, 16 // 2**i) for i in range(levels)]
     features = [torch.randn(1, 32, *size) for size in sizes]
-    valid_ratio = torch.tensor([[0.5, 0.75]])  # of the width, of the height
+    padding = Padding(torch.tensor([[8, 12]]), (16, 16))  # of the width, of the height
     noised = [x.clone() for x in features]
     for x in noised:
         height, width = x.shape[2:]
         x[:, :, :, width // 2 :] = 100.0
         x[:, :, height * 3 // 4 :] = -100.0
     with torch.no_grad():
-        expected = model.decoder(features, valid_ratio=valid_ratio)
-        found = model.decoder(noised, valid_ratio=valid_ratio)
+        expected = model.decoder(Encoded(features, padding))
+        found = model.decoder(Encoded(noised, padding))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, msg=name)
 

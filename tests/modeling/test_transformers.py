@@ -47,9 +47,9 @@ RENAMES = (
     (r"(decoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm3."),
     (r"\.final_layer_norm\.", ".norm2."),
     (r"\.encoder_attn\.", ".cross_attn."),
-    (r"\.mlp\.fc", ".linear"),
-    (r"\.mlp\.layers\.0\.", ".linear1."),
-    (r"\.mlp\.layers\.1\.", ".linear2."),
+    (r"\.mlp\.fc", ".ffn.linear"),
+    (r"\.mlp\.layers\.0\.", ".ffn.linear1."),
+    (r"\.mlp\.layers\.1\.", ".ffn.linear2."),
     (r"\.o_proj\.", ".out_proj."),
 )
 GELAN_RENAMES = (
