@@ -16,7 +16,7 @@ demo: $(READY)
 		--config-file $(DEMO_CONFIG) --resume train.output_dir=$(DEMO)
 	DETECTRON2_DATASETS=$(DEMO)/datasets $(BIN)/python -m dset_d2.tools.visualize \
 		--config-file $(DEMO_CONFIG) \
-		--checkpoint $(DEMO)/model_best.pth --output $(DEMO)/detections --num-images 12
+		--weights $(DEMO)/model_best.pth --output $(DEMO)/detections --num-images 12
 	@echo "pictures: $(DEMO)/detections  metrics: $(DEMO)/metrics.json  weights: $(DEMO)/model_best.pth"
 
 test: $(READY)
@@ -38,7 +38,7 @@ bench: $(READY)
 		--variant "pruning: model.encoder.moe=null model.decoder.moe=null $(RAMP)" \
 		--variant "DSET: $(RAMP)" \
 		--variant "DSET-zero: $(RAMP) model.encoder.pruning.restore=zero" \
-		--opts train.max_iter=240 train.eval_period=80
+		train.max_iter=240 train.eval_period=80
 
 clean:
 	rm -rf .venv output build *.egg-info

@@ -37,16 +37,23 @@ def get_config(path: str) -> DictConfig:
 
 
 def apply_overrides(cfg: DictConfig, overrides: list[str]) -> DictConfig:
-    """Detectron2's overrides, but a key that the config lacks is an error with a suggestion."""
+    """Detectron2's overrides, but a key that the config lacks is an error with a suggestion.
+
+    Raises:
+        ValueError: on such a key, or an override that cannot be read or applied; names it.
+    """
     known = all_keys(cfg)
     for override in overrides:
         key = override.split("=", 1)[0].lstrip("+~")
-        if override.startswith("+") or key in known:
-            continue
-        close = difflib.get_close_matches(key, known, n=3)
-        hint = f"; close to it: {', '.join(close)}" if close else ""
-        raise KeyError(f"the config has no key {key!r}{hint}; +{override} adds it")
-    return LazyConfig.apply_overrides(cfg, overrides)
+        if not override.startswith("+") and key not in known:
+            close = difflib.get_close_matches(key, known, n=3)
+            hint = f"; close to it: {', '.join(close)}" if close else ""
+            raise ValueError(f"the config has no key {key!r}{hint}; +{override} adds it")
+        try:
+            LazyConfig.apply_overrides(cfg, [override])
+        except Exception as error:  # of the parser's many kinds, few of which name the override
+            raise ValueError(f"override {override!r}: {error}") from error
+    return cfg
 
 
 def all_keys(cfg, prefix: str = "") -> set[str]:

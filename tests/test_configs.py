@@ -80,7 +80,7 @@ def test_configs_load_from_within_their_folder(monkeypatch):
 
 def test_misspelt_override_suggests_the_right_key():
     cfg = dset_d2.get_config("configs/rtdetr/rtdetrv2_r18_coco.py")
-    with pytest.raises(KeyError, match="model.decoder.num_queries"):
+    with pytest.raises(ValueError, match="model.decoder.num_queries"):
         apply_overrides(cfg, ["model.decoder.num_querys=100"])
     apply_overrides(cfg, ["model.decoder.num_queries=100", "optimizer.lr=3e-4"])
     assert cfg.model.decoder.num_queries == 100

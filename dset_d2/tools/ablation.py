@@ -29,12 +29,19 @@ from tqdm import tqdm
 from ..analysis import count_flops
 from ..analysis.latency import measure
 from ..checkpoint import load_upstream
-from ..config import apply_overrides, load_config
 from ..files import write_atomically
 from ..modeling import forward_context
 from ..modeling.sparse import PruningRecord
 from . import plot_curves
-from .common import UsageError, write_json
+from .common import (
+    ConfigToolParser,
+    UsageError,
+    build,
+    build_model,
+    entry_point,
+    read_config,
+    write_json,
+)
 
 
 class Variant(NamedTuple):
@@ -78,13 +85,14 @@ def claim(run: Run) -> None:
         write_json(file, settings)
 
 
-def train(run: Run) -> None:
+def train(run: Run, device: str | None = None) -> None:
     """Run our launcher in a process of its own, or what is left of it."""
     config_file, overrides, folder = run
     if (folder / "model_final.pth").exists():
         return
     command = [sys.executable, "-W", "ignore", "-m", "dset_d2.tools.lazyconfig_train_net"]
     command += ["--config-file", config_file, "--resume", *overrides, f"train.output_dir={folder}"]
+    command += [f"train.device={device}"] if device else []
     with open(folder / "stdout.txt", "a") as log:
         failed = subprocess.run(command, stdout=log, stderr=log).returncode
     if failed:
@@ -100,14 +108,14 @@ def last_metrics(folder: Path) -> dict[str, float]:
 
 
 def trained(cfg: DictConfig, folder: Path) -> nn.Module:
-    model = instantiate(cfg.model).eval()
+    model = build_model(cfg).eval()
     load_upstream(model, folder / "model_final.pth")
     return model
 
 
 def untrained(cfg: DictConfig, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return instantiate(cfg.model).eval()
+    return build_model(cfg).eval()
 
 
 @torch.no_grad()
@@ -132,16 +140,14 @@ def foreground_recall(model: nn.Module, cfg: DictConfig) -> tuple[float, float] 
     return found / max(wanted, 1), kept / total
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True)
+    parser = ConfigToolParser(__doc__)
     parser.add_argument("--variant", type=parse_variant, action="append", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--latency-rounds", type=int, default=30)
-    parser.add_argument("--opts", nargs="*", default=[], help="overrides of all variants")
+    parser.add_device()
     args = parser.parse_args(argv)
 
     variants = [v._replace(config_file=v.config_file or args.config_file) for v in args.variant]
@@ -150,21 +156,20 @@ def main(argv: list[str] | None = None) -> None:
         for seed in args.seeds
         for name, config_file, own in variants
     ]
-    try:
-        for run in runs:
-            claim(run)
-    except UsageError as error:
-        parser.error(str(error))
+    configs = [read_config(file, [*own, *args.opts], args.device) for _, file, own in variants]
+    for cfg in configs:
+        build_model(cfg)  # what is wrong shall not come out hours later
+    for run in runs:
+        claim(run)
     for run in tqdm(runs, desc="training", unit="run"):
-        train(run)
+        train(run, args.device)
 
     calls, rows = {}, []
-    for name, config_file, overrides in variants:
-        cfg = apply_overrides(load_config(config_file), [*overrides, *args.opts])
+    for (name, *_), cfg in zip(variants, configs):
         folders = [args.output / f"{name}_{seed}" for seed in args.seeds]
         model = trained(cfg, folders[0])
-        mapper = instantiate(cfg.dataloader.test.mapper)
-        inputs = [[mapper(r)] for r in instantiate(cfg.dataloader.test.dataset)[:8]]
+        mapper = build(cfg, "dataloader.test.mapper")
+        inputs = [[mapper(x)] for x in build(cfg, "dataloader.test.dataset")[:8]]
         calls[name] = partial(model, inputs[0])
         metrics = [last_metrics(folder) for folder in folders]
         rows.append(

@@ -1,10 +1,10 @@
-"""What a config's model costs, part by part, beside the configs that it is compared with.
+"""What the models of configs cost, part by part, beside the first one's.
 
-    python -m dset_d2.tools.analyze --config-file projects/dset/configs/dset_r18_dair_v2x.py \\
-        --compare configs/rtdetr/rtdetrv2_r18_coco.py --num-inputs 16 --latency-rounds 30
+    python -m dset_d2.tools.analyze --num-images 16 --latency-rounds 30 --config-file \\
+        configs/rtdetr/rtdetrv2_r18_coco.py projects/dset/configs/dset_r18_dair_v2x.py
 
 Multiply-adds (GMACs) are traced on real images, because sparse parts may cost more on one image
-than on another: those of the first config's test set, or those that --images names. Without
+than on another: those of the first config's test set, or those that --input names. Without
 either, noise stands in, and the output says so. dset_d2/analysis/flops.py says what is counted.
 Active parameters are those that work on one token. Activations are the elements that convolutions
 and matrix products put out. Latencies are of the model's whole call on the first image, all
@@ -12,13 +12,12 @@ configs in turn in one process; those of its parts come from calls of their own.
 measured is blank.
 """
 
-import argparse
+from argparse import Namespace
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
-from detectron2.config import instantiate
 from omegaconf import DictConfig
 from tabulate import tabulate
 from torch import nn
@@ -32,17 +31,20 @@ from ..analysis import (
     measure,
     measure_modules,
 )
-from ..checkpoint import load_upstream
 from .common import (
+    ConfigToolParser,
     UsageError,
+    build,
     build_model,
     describe_device,
-    load_configs,
+    entry_point,
+    image_files,
+    load_weights,
     noise_image,
+    read_configs,
     write_json,
 )
 
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 WARMUP = 3
 MODULE_COLUMNS = (
     "module",
@@ -68,47 +70,32 @@ SUMMARY_COLUMNS = (
 )
 
 
-def find_records(files: list[Path], cfg: DictConfig, count: int) -> tuple[list[dict] | None, str]:
+def find_images(files: list[Path], cfg: DictConfig, count: int) -> tuple[list[dict] | None, str]:
     """Dataset dicts of images, spread evenly over their source, and what they are.
 
     Returns None for the dicts if there are no real images.
     """
     if files:
-        records = [{"file_name": str(file)} for file in expand_folders(files)]
+        dataset_dicts = image_files(files)
         source = f"real images, from {', '.join(map(str, files))}"
     else:
         try:
-            records = instantiate(cfg.dataloader.test.dataset)
-        except (OSError, KeyError, ValueError) as error:
-            return None, f"NOT REAL: noise, as the config's test set cannot be read: {error}"
+            dataset_dicts = build(cfg, "dataloader.test.dataset")
+        except UsageError as error:
+            return None, f"NOT REAL: noise, for want of images: {error}"
         source = "real images, from the first config's test set"
-    count = min(count, len(records))
-    return [records[i * len(records) // count] for i in range(count)], f"{count} {source}"
+    total = len(dataset_dicts)
+    count = min(count, total)
+    return [dataset_dicts[i * total // count] for i in range(count)], f"{count} {source}"
 
 
-def expand_folders(files: list[Path]) -> list[Path]:
-    """Files as they are, and the images of folders in order of their names."""
-    images = []
-    for file in files:
-        if file.is_dir():
-            found = sorted(f for f in file.iterdir() if f.suffix.lower() in SUFFIXES)
-            if not found:
-                raise UsageError(f"{file}: holds no image")
-            images += found
-        elif file.is_file():
-            images.append(file)
-        else:
-            raise UsageError(f"{file}: no such file or folder")
-    return images
-
-
-def make_inputs(cfg: DictConfig, records: list[dict] | None, count: int) -> list[dict]:
+def make_inputs(cfg: DictConfig, dataset_dicts: list[dict] | None, count: int) -> list[dict]:
     """The detector's inputs by the config's own mapper, or noise of the config's size."""
-    if records is None:
+    if dataset_dicts is None:
         size = cfg.dataloader.image_size
         return [{"image": noise_image(*size, seed)} for seed in range(count)]
-    mapper = instantiate(cfg.dataloader.test.mapper)
-    return [mapper(record) for record in tqdm(records, desc="reading images", leave=False)]
+    mapper = build(cfg, "dataloader.test.mapper")
+    return [mapper(x) for x in tqdm(dataset_dicts, desc="reading images", leave=False)]
 
 
 def spread(values: list[int]) -> dict:
@@ -243,55 +230,39 @@ def text_table(rows: list[tuple], columns: tuple[str, ...]) -> str:
     return tabulate(rows, columns, colalign=align, disable_numparse=True, preserve_whitespace=True)
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True)
-    parser.add_argument("--compare", nargs="+", default=[], metavar="CONFIG")
-    parser.add_argument("--num-inputs", type=int, default=8, help="images that are traced")
-    parser.add_argument(
-        "--image-size", type=int, nargs=2, metavar=("H", "W"), help="dataloader.image_size"
-    )
-    parser.add_argument("--images", nargs="+", type=Path, default=[], help="files or folders")
-    parser.add_argument(
-        "--checkpoint", nargs="+", default=[], help="one for each config; else random weights"
-    )
+def parse(argv: list[str] | None) -> Namespace:
+    parser = ConfigToolParser(__doc__, several=True)
+    parser.add_argument("--weights", nargs="+", help="one for each config; else random weights")
+    parser.add_argument("--input", nargs="+", type=Path, default=[], metavar="FILE_OR_FOLDER")
+    parser.add_argument("--num-images", type=int, default=8, help="images that are traced")
     parser.add_argument("--depth", type=int, default=2, help="levels of modules that are listed")
     parser.add_argument("--latency-rounds", type=int, default=0, help="0 measures no latency")
-    parser.add_argument("--json", type=Path, metavar="OUT")
-    parser.add_argument("--opts", nargs="*", default=[], help="overrides of every config")
+    parser.add_device()
+    parser.add_argument("--output", type=Path, help="JSON file")
     args = parser.parse_args(argv)
-    if args.num_inputs < 1:
-        parser.error("--num-inputs must be positive")
-    if len(args.checkpoint) not in (0, 1 + len(args.compare)):
-        parser.error("--checkpoint takes one file for each config")
-    if args.image_size:
-        args.opts.append(f"dataloader.image_size={args.image_size}")
-    return parser, args
+    if args.num_images < 1:
+        parser.error("--num-images must be positive")
+    if args.weights and len(args.weights) != len(args.config_file):
+        parser.error("--weights takes one file for each config")
+    return args
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> None:
-    parser, args = parse(argv)
-    paths = [args.config_file, *args.compare]
-    try:
-        configs = load_configs(paths, args.opts)
-        cfg = next(iter(configs.values()))
-        records, source = find_records(args.images, cfg, args.num_inputs)
-    except UsageError as error:
-        parser.error(str(error))
+    args = parse(argv)
+    paths = args.config_file
+    configs = read_configs(paths, args.opts, args.device)
+    cfg = next(iter(configs.values()))
+    dataset_dicts, source = find_images(args.input, cfg, args.num_images)
     device = cfg.train.device
     models, inputs, results = {}, {}, {}
-    checkpoints = args.checkpoint or [None] * len(paths)
-    for (name, cfg), path, checkpoint in zip(configs.items(), paths, checkpoints):
-        models[name] = build_model(cfg, device)
-        if checkpoint:
-            try:
-                load_upstream(models[name], checkpoint)
-            except (OSError, ValueError) as error:
-                parser.error(str(error))
-        inputs[name] = make_inputs(cfg, records, args.num_inputs)
-        about = {"config": path, "checkpoint": checkpoint}
+    all_weights = args.weights or [None] * len(paths)
+    for (name, cfg), path, weights in zip(configs.items(), paths, all_weights):
+        models[name] = build_model(cfg).eval()
+        if weights:
+            load_weights(models[name], weights)
+        inputs[name] = make_inputs(cfg, dataset_dicts, args.num_images)
+        about = {"config": path, "weights": weights}
         results[name] = about | analyze(models[name], inputs[name], args.depth)
     if args.latency_rounds:
         add_latencies(results, models, inputs, args.latency_rounds)
@@ -301,13 +272,13 @@ def main(argv: list[str] | None = None) -> None:
         whole = [other["modules"][""]["macs"]["mean"] for other in (result, first)]
         result["ratio"] = whole[0] / whole[1]
         print(f"\n{name}: {result['config']}")
-        print(f"weights: {result['checkpoint'] or 'random, which routing and pruning depend on'}")
+        print(f"weights: {result['weights'] or 'random, which routing and pruning depend on'}")
         print(f"\n{module_table(result, first)}\n\n{operator_table(result)}")
     print(f"\nimages: {source}\ndevice: {describe_device(device)}\n\n{summary_table(results)}")
-    if args.json:
-        about = {"images": source, "real_images": records is not None}
+    if args.output:
+        about = {"images": source, "real_images": dataset_dicts is not None}
         about |= {"device": describe_device(device), "torch": torch.__version__}
-        write_json(args.json, about | {"opts": args.opts, "results": results})
+        write_json(args.output, about | {"opts": args.opts, "results": results})
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ on the device to detections. Weights are random and images noise, which suits de
 and pruning may differ on real images (see dset_d2.tools.analyze).
 """
 
-import argparse
 import itertools
+from argparse import Namespace
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,12 @@ from tqdm import tqdm
 
 from ..analysis import measure
 from .common import (
-    UsageError,
+    ConfigToolParser,
     build_model,
     describe_device,
-    load_configs,
+    entry_point,
     noise_image,
+    read_configs,
     write_json,
 )
 
@@ -36,14 +37,15 @@ COLUMNS = ("config", "batch", "height x width", "ms", "quartiles", "images/s", "
 
 
 def sweep(
-    models: dict[str, nn.Module], batch_sizes: list[int], sizes: list[tuple[int, int]], args
+    models: dict[str, nn.Module], device: str, sizes: list[tuple[int, int]], args: Namespace
 ) -> list[dict]:
     """One row per configuration and model; times in seconds."""
     rows = []
-    autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    grid = list(itertools.product(sizes, batch_sizes))
+    low_precision = args.dtype == "bfloat16"
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=low_precision)
+    grid = list(itertools.product(sizes, args.batch_size))
     for (height, width), batch_size in tqdm(grid, desc="batches and sizes"):
-        images = [noise_image(height, width, seed).to(args.device) for seed in range(batch_size)]
+        images = [noise_image(height, width, seed).to(device) for seed in range(batch_size)]
         inputs = [{"image": image} for image in images]
         calls = {name: partial(model, inputs) for name, model in models.items()}
         with torch.no_grad(), autocast:
@@ -80,52 +82,46 @@ def table(rows: list[dict]) -> str:
     return tabulate(lines, COLUMNS, disable_numparse=True)
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", nargs="+", required=True)
+    parser = ConfigToolParser(__doc__, several=True)
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1])
     parser.add_argument(
         "--image-size", type=int, nargs="+", default=[640, 640], metavar="H W", help="pairs"
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
+    parser.add_device()
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 by autocast"
     )
-    parser.add_argument("--json", type=Path, metavar="OUT")
-    parser.add_argument("--opts", nargs="*", default=[], help="overrides of every config")
+    parser.add_argument("--output", type=Path, help="JSON file")
     args = parser.parse_args(argv)
     if len(args.image_size) % 2:
         parser.error("--image-size takes pairs of height and width")
     if min(*args.batch_size, *args.image_size, args.rounds) < 1:
         parser.error("--batch-size, --image-size and --rounds must be positive")
 
-    try:
-        configs = load_configs(args.config_file, args.opts)
-    except UsageError as error:
-        parser.error(str(error))
-    models = {name: build_model(cfg, args.device) for name, cfg in configs.items()}
+    configs = read_configs(args.config_file, args.opts, args.device)
+    device = next(iter(configs.values())).train.device
+    models = {name: build_model(cfg).eval() for name, cfg in configs.items()}
     if args.channels_last:
         models = {name: m.to(memory_format=torch.channels_last) for name, m in models.items()}
     sizes = list(zip(args.image_size[::2], args.image_size[1::2]))
-    rows = sweep(models, args.batch_size, sizes, args)
+    rows = sweep(models, device, sizes, args)
     layout = "channels last" if args.channels_last else "channels first"
-    print(f"{describe_device(args.device)}, {args.dtype}, {layout}, {args.rounds} rounds; ", end="")
+    print(f"{describe_device(device)}, {args.dtype}, {layout}, {args.rounds} rounds; ", end="")
     print("random weights, noise images")
     print(table(rows))
-    if args.json:
+    if args.output:
         settings = {
-            "device": describe_device(args.device),
+            "device": describe_device(device),
             "torch": torch.__version__,
             "dtype": args.dtype,
             "channels_last": args.channels_last,
             "rounds": args.rounds,
         }
-        write_json(args.json, settings | {"results": rows})
+        write_json(args.output, settings | {"results": rows})
 
 
 if __name__ == "__main__":

@@ -1,41 +1,172 @@
-"""What the tools that compare configs share."""
+"""What the tools have in common: their command lines, and loading what these name."""
 
+import argparse
+import functools
 import json
+import re
+import sys
+import traceback
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 import torch
 from detectron2.config import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..config import apply_overrides, load_config
+from ..checkpoint import load_upstream
+from ..config import PACKAGE, apply_overrides, load_config
 from ..files import write_atomically
+
+OVERRIDE = re.compile(r"\+?[\w.]+=")
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 
 
 class UsageError(Exception):
-    """The command line asks for what cannot be had; the message says why."""
+    """The command line asks for what cannot be had; the message says why in one line."""
 
 
-def load_configs(paths: list[str], overrides: list[str]) -> dict[str, DictConfig]:
-    """Configs by their files' names, numbered where these repeat; all with the overrides."""
+def entry_point(main: Callable) -> Callable:
+    """Makes a tool's ``main(argv)`` end in one line on a :class:`UsageError`, with argparse's 2."""
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> None:
+        try:
+            main(argv)
+        except UsageError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    return run
+
+
+@contextmanager
+def usage_errors(where: str) -> Iterator[None]:
+    """Whatever fails inside becomes a :class:`UsageError` that begins with ``where``.
+
+    For what a user wrote or named: configs are code, and values that are wrong may fail anywhere.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise UsageError(f"{where}: {in_one_line(error)}") from error
+
+
+def in_one_line(error: Exception) -> str:
+    """An error's message; also its kind and its place in a user's file if it is no sentence."""
+    text = next(iter(str(error).strip().splitlines()), "")
+    if isinstance(error, OSError | ValueError):
+        return text
+    if isinstance(error, SyntaxError) and error.__cause__:  # Detectron2's does not say where
+        text += f" {error.__cause__}"
+    frames = traceback.extract_tb(error.__traceback__)
+    known = ("site-packages", f"{PACKAGE}/", "<")
+    places = [frame for frame in frames if not any(part in frame.filename for part in known)]
+    place = f" ({places[-1].filename}, line {places[-1].lineno})" if places else ""
+    return f"{type(error).__name__}: {text}{place}"
+
+
+class ToolParser(argparse.ArgumentParser):
+    """A parser that shows a tool's docstring as it is written."""
+
+    def __init__(self, doc: str) -> None:
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+class ConfigToolParser(ToolParser):
+    """With a config, or several, and overrides at the end, as in Detectron2's launcher.
+
+    argparse would give an option that takes several values also the overrides that follow it.
+    So all words of the form ``key=value`` at the end are overrides; a file of such a name is
+    ``./key=value``, or something else follows it, if only ``--``.
+    """
+
+    def __init__(self, doc: str, several: bool = False) -> None:
+        super().__init__(doc)
+        first = "; the first is what others are compared with" if several else ""
+        self.add_argument(
+            "--config-file",
+            nargs="+" if several else None,
+            required=True,
+            metavar="FILE",
+            help=f"path, also of this project's configs from its root{first}",
+        )
+        self.add_argument("opts", nargs="*", metavar="key=value", help="overrides of the config")
+
+    def add_device(self) -> None:
+        self.add_argument("--device", help="default: the config's train.device")
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        words = list(sys.argv[1:] if args is None else args)
+        if "--" not in words:
+            overrides = list(takewhile(OVERRIDE.match, reversed(words)))
+            words.insert(len(words) - len(overrides), "--")
+        return super().parse_args(words, namespace)
+
+
+def read_config(path: str, overrides: list[str], device: str | None = None) -> DictConfig:
+    """A config with overrides, and on a device if one is named."""
+    with usage_errors(path):
+        cfg = apply_overrides(load_config(path), overrides)
+        if device:
+            cfg.train.device = device
+    return cfg
+
+
+def read_configs(
+    paths: list[str], overrides: list[str], device: str | None = None
+) -> dict[str, DictConfig]:
+    """Configs by their files' names, numbered where these repeat."""
     configs = {}
     seen = Counter()
     for path in paths:
         name = Path(path).stem
         seen[name] += 1
         label = name if seen[name] == 1 else f"{name} ({seen[name]})"
-        try:
-            configs[label] = apply_overrides(load_config(path), overrides)
-        except (FileNotFoundError, KeyError) as error:
-            raise UsageError(f"{path}: {error.args[0]}") from error
+        configs[label] = read_config(path, overrides, device)
     return configs
 
 
-def build_model(cfg: DictConfig, device: str) -> nn.Module:
-    """The config's model for inference, with random weights."""
-    return instantiate(cfg.model).to(device).eval()
+def build(cfg: DictConfig, key: str) -> object:
+    """What the config's node of that name describes."""
+    node = OmegaConf.select(cfg, key)
+    if node is None:
+        raise UsageError(f"the config has no {key}")
+    with usage_errors(f"the config's {key}"):
+        return instantiate(node)
+
+
+def build_model(cfg: DictConfig) -> nn.Module:
+    """The config's model with random weights, on its device."""
+    model = build(cfg, "model")
+    with usage_errors(f"device {cfg.train.device!r}"):
+        return model.to(cfg.train.device)
+
+
+def load_weights(model: nn.Module, path: str | Path, whole: bool = False) -> None:
+    """:func:`load_upstream` from the file that ``--weights`` names."""
+    with usage_errors("--weights"):
+        load_upstream(model, path, whole=whole)
+
+
+def image_files(paths: list[Path]) -> list[dict]:
+    """Dataset dicts of image files, and of the images of folders in order of their names."""
+    files = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(f for f in path.iterdir() if f.suffix.lower() in SUFFIXES)
+            if not found:
+                raise UsageError(f"{path}: holds no image")
+            files += found
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UsageError(f"{path}: no such file or folder")
+    return [{"file_name": str(file)} for file in files]
 
 
 def noise_image(height: int, width: int, seed: int) -> torch.Tensor:

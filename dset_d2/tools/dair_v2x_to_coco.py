@@ -7,18 +7,17 @@
 For the cooperative set add --split-key infrastructure_split (or vehicle_split).
 """
 
-import argparse
 import json
 from pathlib import Path
 
 from ..data.dair_v2x import CLASSES_8, CLASSES_10, SPLITS, DataError, load_dair_v2x, to_coco
 from ..files import write_atomically
+from .common import ToolParser, UsageError, entry_point
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__)
     parser.add_argument("--root", type=Path, required=True, help="the side's folder")
     parser.add_argument("--split-file", type=Path, required=True)
     parser.add_argument("--split", choices=SPLITS, required=True)
@@ -33,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
             args.root, args.split_file, args.split, tuple(args.split_key), classes, args.image_root
         )
     except DataError as error:
-        parser.exit(1, f"error: {error}\n")
+        raise UsageError(error) from error
     content = to_coco(dataset, classes, args.image_root or args.root)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.output, lambda file: file.write(json.dumps(content).encode()))

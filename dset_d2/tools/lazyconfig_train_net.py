@@ -12,6 +12,8 @@ that names them, checkpoints that are never half-written, and errors on misspelt
 """
 
 import logging
+from argparse import Namespace
+from contextlib import AbstractContextManager
 
 import torch
 from detectron2.config import instantiate
@@ -29,7 +31,6 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
 from ..checkpoint import load_upstream
-from ..config import apply_overrides, load_config
 from ..engine.checkpointer import AtomicCheckpointer, InitialCheckpointer
 from ..engine.ema import ModelEMA
 from ..engine.hooks import (
@@ -41,6 +42,7 @@ from ..engine.hooks import (
 )
 from ..engine.trainer import trainer_class
 from ..modeling.sparse import MoE, TokenPruner
+from .common import UsageError, build_model, entry_point, read_config, usage_errors
 
 logger = logging.getLogger("dset_d2")  # not __main__, which nobody listens to
 
@@ -65,13 +67,13 @@ def sparsity_pictures(cfg: DictConfig, model: torch.nn.Module) -> SparsityPictur
     """Pictures of the first test image for TensorBoard, if the model has anything sparse."""
     if not any(isinstance(module, MoE | TokenPruner) for module in model.modules()):
         return None
-    record = instantiate(cfg.dataloader.test.dataset)[0]
+    dataset_dict = instantiate(cfg.dataloader.test.dataset)[0]
     mapper = instantiate(cfg.dataloader.test.mapper)
-    return SparsityPictures(cfg.train.eval_period, model, record, mapper)
+    return SparsityPictures(cfg.train.eval_period, model, dataset_dict, mapper)
 
 
 def train(cfg: DictConfig, resume: bool) -> None:
-    model = instantiate(cfg.model).to(cfg.train.device)
+    model = build_model(cfg)
     logger.info("Model:\n%s", model)
     ema = build_ema(cfg, model)
     cfg.optimizer.params.model = model
@@ -111,7 +113,8 @@ def train(cfg: DictConfig, resume: bool) -> None:
     if resumed:
         checkpointer.resume_or_load("", resume=True)
     else:
-        InitialCheckpointer(parallel).load(cfg.train.init_checkpoint)
+        with initial_weights(cfg):
+            InitialCheckpointer(parallel).load(cfg.train.init_checkpoint)
     if stopping is not None and stopping.enough:
         logger.info("This run's patience is used up; a larger one lets it go on")
         trainer.stop_early()
@@ -121,23 +124,33 @@ def train(cfg: DictConfig, resume: bool) -> None:
         checkpointer.save("model_final", iteration=trainer.iter)
 
 
-def main(args) -> None:
-    cfg = apply_overrides(load_config(args.config_file), args.opts)
+def initial_weights(cfg: DictConfig) -> AbstractContextManager:
+    return usage_errors(f"train.init_checkpoint={cfg.train.init_checkpoint}")
+
+
+def main(args: Namespace) -> None:
+    cfg = read_config(args.config_file, args.opts)
     default_setup(cfg, args)
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="dset_d2")
     if not args.eval_only:
         train(cfg, args.resume)
         return
     if not cfg.train.init_checkpoint:
-        raise ValueError("--eval-only needs train.init_checkpoint=FILE")
-    model = instantiate(cfg.model).to(cfg.train.device)
-    load_upstream(model, cfg.train.init_checkpoint, whole=True)
+        raise UsageError("--eval-only needs train.init_checkpoint=FILE")
+    model = build_model(cfg)
+    with initial_weights(cfg):
+        load_upstream(model, cfg.train.init_checkpoint, whole=True)
     evaluate(cfg, create_ddp_model(model, **cfg.train.ddp), None)
 
 
+@entry_point
 def run(argv: list[str] | None = None) -> None:
     parser = default_argument_parser(epilog=__doc__)
     args = parser.parse_args(argv)
+    if not args.config_file:
+        parser.error("--config-file is required")
+    # What is wrong with it shall end this process, not the ones that it may start.
+    read_config(args.config_file, args.opts)
     launch(
         main,
         args.num_gpus,

@@ -1,6 +1,5 @@
 """Generate roadside scenes in DAIR-V2X's layout: python -m dset_d2.tools.make_roadside."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -9,9 +8,12 @@ import numpy as np
 
 from dset_d2.data.roadside import write_dataset
 
+from .common import ToolParser, UsageError, entry_point
 
+
+@entry_point
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ToolParser(__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder that gets dair-v2x/")
     parser.add_argument("--train", type=int, default=300, help="training frames")
     parser.add_argument("--val", type=int, default=60, help="validation frames")
@@ -23,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         write_dataset(args.output, args.train, args.val, args.height, args.width, args.seed)
     except (ValueError, FileExistsError) as error:
-        parser.error(str(error))
+        raise UsageError(error) from error
     print(f"{args.train} train and {args.val} val frames in {args.output / 'dair-v2x'}")
     if args.preview:
         sheet = contact_sheet(args.output)

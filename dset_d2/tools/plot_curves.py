@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..files import write_atomically
-from .common import UsageError
+from .common import ToolParser, UsageError, entry_point
 
 METRICS = ("total_loss", "bbox/AP", "bbox/AP50")
 PANEL = (5.2, 4.0)  # inches
@@ -80,18 +80,18 @@ def curve_of(path: Path, rows: list[dict], metric: str) -> Curve:
 
 
 def merge(name: str, metric: str, curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
-    """Iterations (n,) that all runs of a name share, and the runs' values (runs, n)."""
-    shared = [i for i in curves[0] if all(i in curve for curve in curves)]
-    if not shared:
-        raise UsageError(f"runs of {name!r} share no iteration with metric {metric!r}")
+    """Iterations (n,) that all runs of a name have logged, and the runs' values (runs, n)."""
+    common = [i for i in curves[0] if all(i in curve for curve in curves)]
+    if not common:
+        raise UsageError(f"runs of {name!r} have no iteration in common with metric {metric!r}")
     ends = {next(reversed(curve)) for curve in curves}
     if len(ends) > 1:
         print(
-            f"warning: {metric!r} of {name!r} is drawn to iteration {shared[-1]} only; its runs"
+            f"warning: {metric!r} of {name!r} is drawn to iteration {common[-1]} only; its runs"
             f" end at {', '.join(map(str, sorted(ends)))}",
             file=sys.stderr,
         )
-    return np.array(shared), np.array([[curve[i] for i in shared] for curve in curves])
+    return np.array(common), np.array([[curve[i] for i in common] for curve in curves])
 
 
 def load_runs(runs: Sequence[tuple[str, Path]], metrics: Sequence[str]) -> dict[str, dict]:
@@ -152,10 +152,9 @@ def named_run(text: str) -> tuple[str, Path]:
     return name, Path(folder) / "metrics.json"
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__)
     parser.add_argument(
         "--runs", type=named_run, nargs="+", required=True, metavar="name=DIR",
         help="folders with a metrics.json; repeat a name for the seeds of one run",
@@ -169,10 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     kind = args.output.suffix[1:].lower()
     if kind not in FigureCanvasAgg.get_supported_filetypes():
         parser.error(f"--output {args.output}: cannot write files of type {kind!r}")
-    try:
-        loaded = load_runs(args.runs, args.metrics)
-    except UsageError as error:
-        parser.error(str(error))
+    loaded = load_runs(args.runs, args.metrics)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figure = draw(loaded, args.epoch_iters)
     write_atomically(args.output, lambda file: figure.savefig(file, format=kind))

@@ -1,33 +1,36 @@
 """Draw detections on images and, for sparse models, what was kept and which experts were used.
 
-    python -m dset_d2.tools.visualize --config-file CONFIG --checkpoint model_best.pth \\
+    python -m dset_d2.tools.visualize --config-file CONFIG --weights model_best.pth \\
         --output output/pictures --num-images 12
 
-draws the first images of the config's test set, ground truth on the left; name image files at
-the end of the command to draw these instead. Beside NAME.png (detections) a sparse model gives
-NAME_kept_*.png (pruned tokens are dark), NAME_expert_*.png (a colour per expert) and
-experts.png (load and co-activation over all images).
+draws the first images of the config's test set, ground truth on the left, or those that --input
+names. Beside NAME.png (detections) a sparse model gives NAME_kept_*.png (pruned tokens are dark),
+NAME_expert_*.png (a colour per expert) and experts.png (load and co-activation over all images).
 """
 
-import argparse
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.visualizer import Visualizer
-from omegaconf import DictConfig
 from PIL import Image
 from tqdm import tqdm
 
-from ..checkpoint import load_upstream
-from ..config import apply_overrides, load_config
 from ..data.mapper import read_image
 from ..modeling import forward_context
 from ..visualization import mean_statistics, plot_routing, routing_records, sparsity_pictures
+from .common import (
+    ConfigToolParser,
+    build,
+    build_model,
+    entry_point,
+    image_files,
+    load_weights,
+    read_config,
+)
 
 
 def draw_detections(image: np.ndarray, instances, metadata, threshold: float) -> np.ndarray:
@@ -45,45 +48,40 @@ def draw_ground_truth(image: np.ndarray, annotations: list[dict], metadata) -> n
     return drawn.get_image()
 
 
-def pictures_of(cfg: DictConfig, files: list[Path], count: int) -> list[dict]:
-    """Dataset dicts of the named files, else of the first images of the test set."""
-    if files:
-        return [{"file_name": str(file)} for file in files]
-    return instantiate(cfg.dataloader.test.dataset)[:count]
-
-
+@entry_point
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True)
-    parser.add_argument("--checkpoint", required=True, help="of a run, or released weights")
+    parser = ConfigToolParser(__doc__)
+    parser.add_argument("--weights", required=True, help="of a run, or released weights")
     parser.add_argument("--output", type=Path, required=True, help="folder for the PNG files")
-    parser.add_argument("--num-images", type=int, default=12)
+    parser.add_argument("--input", nargs="+", type=Path, metavar="FILE_OR_FOLDER")
+    parser.add_argument("--num-images", type=int, default=12, help="of the test set")
     parser.add_argument("--threshold", type=float, default=0.4, help="least score drawn")
-    parser.add_argument("--opts", nargs="*", default=[], help="overrides of the config")
-    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_device()
     args = parser.parse_args(argv)
 
-    cfg = apply_overrides(load_config(args.config_file), args.opts)
-    model = instantiate(cfg.model).to(cfg.train.device).eval()
-    load_upstream(model, args.checkpoint, whole=True)
-    mapper = instantiate(cfg.dataloader.test.mapper)
+    cfg = read_config(args.config_file, args.opts, args.device)
+    model = build_model(cfg).eval()
+    load_weights(model, args.weights, whole=True)
+    mapper = build(cfg, "dataloader.test.mapper")
+    if args.input:
+        dataset_dicts = image_files(args.input)
+    else:
+        dataset_dicts = build(cfg, "dataloader.test.dataset")[: args.num_images]
     metadata = MetadataCatalog.get(cfg.dataloader.evaluator.dataset_name)
     args.output.mkdir(parents=True, exist_ok=True)
     routings = defaultdict(list)
-    for record in tqdm(pictures_of(cfg, args.files, args.num_images), desc="drawing"):
-        image = read_image(record["file_name"])
+    for dataset_dict in tqdm(dataset_dicts, desc="drawing"):
+        image = read_image(dataset_dict["file_name"])
         height, width = image.shape[:2]
-        inputs = mapper(record) | {"height": height, "width": width}
+        inputs = mapper(dataset_dict) | {"height": height, "width": width}
         with forward_context(record=True) as context:
             instances = model([inputs])[0]["instances"]
         drawn = draw_detections(image, instances, metadata, args.threshold)
-        if "annotations" in record:
-            truth = draw_ground_truth(image, record["annotations"], metadata)
+        if "annotations" in dataset_dict:
+            truth = draw_ground_truth(image, dataset_dict["annotations"], metadata)
             drawn = np.concatenate([truth, drawn], axis=1)
-        stem = Path(record["file_name"]).stem
+        stem = Path(dataset_dict["file_name"]).stem
         Image.fromarray(drawn).save(args.output / f"{stem}.png")
         for name, picture in sparsity_pictures(image, context.records).items():
             Image.fromarray(picture).save(args.output / f"{stem}_{name}.png")

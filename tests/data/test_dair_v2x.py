@@ -289,7 +289,7 @@ def test_conversion_reports_errors(tree, tmp_path, capsys):
     arguments = ["--root", "nowhere", "--split-file", "x", "--split", "val", "--output", "y"]
     with pytest.raises(SystemExit) as stop:
         dair_v2x_to_coco.main(arguments)
-    assert stop.value.code == 1 and "nowhere: no such folder" in capsys.readouterr().err
+    assert stop.value.code == 2 and "nowhere: no such folder" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not SPLITS.is_dir(), reason="the official split files are not here")

@@ -180,6 +180,12 @@ def test_best_checkpoint_and_early_stopping(datasets, tmp_path):
     assert not torch.equal(state[name], best["model"][name])
 
 
+def check_usage_error(result: subprocess.CompletedProcess, *wanted: str) -> None:
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    error = result.stderr.strip().splitlines()[-1]
+    assert error.startswith("error: ") and all(text in error for text in wanted)
+
+
 def test_weights_that_do_not_fit_or_may_run_code_stop_it(datasets, tmp_path):
     torch.save({"model": {"other.weight": torch.zeros(1)}}, tmp_path / "other.pth")
     (tmp_path / "code.pkl").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
@@ -189,13 +195,13 @@ def test_weights_that_do_not_fit_or_may_run_code_stop_it(datasets, tmp_path):
     }
     for name, message in wanted.items():
         result = run(datasets, OURS, tmp_path, f"train.init_checkpoint={tmp_path}/{name}")
-        assert result.returncode != 0 and message in result.stderr
+        check_usage_error(result, f"{tmp_path}/{name}", message)
     assert not (ROOT / "ran").exists()
     result = run(datasets, OURS, tmp_path, "--eval-only")
-    assert result.returncode != 0 and "--eval-only needs train.init_checkpoint" in result.stderr
+    check_usage_error(result, "--eval-only needs train.init_checkpoint")
     options = ["--eval-only", f"train.init_checkpoint={tmp_path}/other.pth"]
     result = run(datasets, OURS, tmp_path, *options)
-    assert result.returncode != 0 and "other.pth does not fit the model" in result.stderr
+    check_usage_error(result, "other.pth does not fit the model")
 
 
 def test_non_finite_loss_stops_and_is_named(datasets, tmp_path):
@@ -209,5 +215,5 @@ def test_non_finite_loss_stops_and_is_named(datasets, tmp_path):
 
 def test_misspelt_override_stops_before_anything(datasets, tmp_path):
     result = run(datasets, OURS, tmp_path / "out", "model.decoder.num_querys=3")
-    assert result.returncode != 0 and "model.decoder.num_queries" in result.stderr
+    check_usage_error(result, "model.decoder.num_queries")
     assert not (tmp_path / "out").exists()

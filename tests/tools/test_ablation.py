@@ -31,7 +31,7 @@ def test_variants_are_trained_once_and_set_side_by_side(tmp_path, monkeypatch, c
         "--variant",
         "DSET: model.encoder.pruning.min_tokens=2 model.encoder.pruning.end_step=0",
     ]
-    options += ["--latency-rounds", "1", "--opts", *TINY]
+    options += ["--latency-rounds", "1", "--device", "cpu", *TINY]
     ablation.main(options)
     dense, sparse = json.loads((tmp_path / "ablation/results.json").read_text())
     assert dense["variant"] == "dense" and dense["latency_ratio"] == 1.0

@@ -15,21 +15,21 @@ from dset_d2.tools import analyze
 
 R18 = "configs/rtdetr/rtdetrv2_r18_coco.py"
 TINY = [
-    "train.device=cpu",
     "model.encoder.hidden_dim=32",
     "model.encoder.dim_feedforward=64",
     "model.decoder.hidden_dim=32",
     "model.decoder.dim_feedforward=64",
     "model.decoder.num_queries=20",
+    "train.device=cpu",
 ]
+SMALL = ["dataloader.image_size=[64,64]"]
 
 
 def run(tmp_path, *arguments, opts=()):
     """The JSON that the tool writes."""
     output = tmp_path / "report" / "analysis.json"
     analyze.main(
-        ["--config-file", R18, *map(str, arguments), "--json", str(output)]
-        + ["--opts", *TINY, *opts]
+        ["--config-file", R18, *map(str, arguments), "--output", str(output), *TINY, *opts]
     )
     return json.loads(output.read_text())
 
@@ -58,7 +58,7 @@ def tiny_model():
 
 
 def test_numbers_are_those_of_the_counts(tmp_path, no_data, capsys):
-    report = run(tmp_path, "--image-size", 64, 96, "--num-inputs", 2)
+    report = run(tmp_path, "--num-images", 2, opts=["dataloader.image_size=[64,96]"])
     result = report["results"]["rtdetrv2_r18_coco"]
     model = tiny_model()
     image = torch.rand(1, 3, 64, 96)
@@ -81,7 +81,7 @@ def test_numbers_are_those_of_the_counts(tmp_path, no_data, capsys):
 
 def test_mean_and_spread_over_real_images(tmp_path, no_data, pictures, capsys):
     keep_sizes = "dataloader.test.mapper.augmentations=[]"
-    report = run(tmp_path, "--images", pictures, "--depth", 1, opts=[keep_sizes])
+    report = run(tmp_path, "--input", pictures, "--depth", 1, opts=[keep_sizes])
     mapper = DETRMapper(is_train=False, augmentations=[])
     model = tiny_model()
     totals = [
@@ -99,9 +99,7 @@ def test_mean_and_spread_over_real_images(tmp_path, no_data, pictures, capsys):
 
 
 def test_comparison_with_itself(tmp_path, no_data):
-    report = run(
-        tmp_path, "--compare", R18, "--image-size", 64, 64, "--num-inputs", 1, "--latency-rounds", 3
-    )
+    report = run(tmp_path, R18, "--num-images", 1, "--latency-rounds", 3, opts=SMALL)
     first, second = report["results"].values()
     assert first["ratio"] == second["ratio"] == 1.0
     assert first["modules"][""]["latency"]["ratio"] == 1.0
@@ -111,28 +109,25 @@ def test_comparison_with_itself(tmp_path, no_data):
     assert parts["decoder.denoising_class_embed"]["latency"] is None
 
 
-def test_checkpoint(tmp_path, no_data):
+def test_weights(tmp_path, no_data):
     path = tmp_path / "weights.pth"
     torch.save({"model": tiny_model().state_dict()}, path)
-    arguments = ["--image-size", 64, 64, "--num-inputs", 1, "--depth", 1, "--checkpoint", path]
-    report = run(tmp_path, *arguments)
-    assert report["results"]["rtdetrv2_r18_coco"]["checkpoint"] == str(path)
+    report = run(tmp_path, "--num-images", 1, "--depth", 1, "--weights", path, opts=SMALL)
+    assert report["results"]["rtdetrv2_r18_coco"]["weights"] == str(path)
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--config-file", "configs/rtdetr/nothing.py"], "rtdetrv2_r18_coco.py"),
-        (["--config-file", R18, "--opts", "model.encoder.hiden_dim=32"], "hidden_dim"),
-        (["--config-file", R18, "--compare", R18, "--checkpoint", "a.pth"], "for each config"),
-        (["--config-file", R18, "--images", "missing.jpg"], "missing.jpg: no such file"),
-        (["--config-file", R18, "--images", "."], "holds no image"),
-        (["--config-file", R18, "--checkpoint", "missing.pth"], "missing.pth: no such checkpoint"),
-        (["--config-file", R18, "--num-inputs", "0"], "positive"),
+        ([R18, R18, "--weights", "a.pth"], "for each config"),
+        ([R18, "--input", "missing.jpg"], "missing.jpg: no such file"),
+        ([R18, "--input", "."], "holds no image"),
+        ([R18, "--weights", "missing.pth", *SMALL], "missing.pth: no such checkpoint"),
+        ([R18, "--num-images", "0"], "positive"),
     ],
 )
 def test_errors_say_what_is_wrong(arguments, message, no_data, capsys):
     with pytest.raises(SystemExit) as error:
-        analyze.main(arguments)
+        analyze.main(["--config-file", *arguments])
     assert error.value.code == 2
     assert message in capsys.readouterr().err

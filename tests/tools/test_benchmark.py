@@ -18,7 +18,7 @@ def run(tmp_path, *arguments):
     output = tmp_path / "benchmark.json"
     benchmark.main(
         ["--config-file", *arguments, "--device", "cpu", "--rounds", "3"]
-        + ["--json", str(output), "--opts", *TINY]
+        + ["--output", str(output), *TINY]
     )
     return json.loads(output.read_text())
 
@@ -52,8 +52,6 @@ def test_layout_and_precision(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["configs/rtdetr/nothing.py"], "rtdetrv2_r18_coco.py"),
-        ([R18, "--opts", "model.decoder.num_querys=20"], "num_queries"),
         ([R18, "--image-size", "64"], "pairs of height and width"),
         ([R18, "--rounds", "0"], "positive"),
     ],

@@ -87,7 +87,9 @@ def test_seeds_are_averaged_where_all_have_values(tmp_path, capsys):
     shifted = tmp_path / "c" / "metrics.json"
     shifted.parent.mkdir()
     shifted.write_text('{"iteration": 4, "total_loss": 1}')
-    with pytest.raises(plot_curves.UsageError, match="'x' share no iteration .* 'total_loss'"):
+    with pytest.raises(
+        plot_curves.UsageError, match="'x' have no iteration in common .* 'total_loss'"
+    ):
         load([*runs, f"x={shifted.parent}"], "total_loss")
 
 

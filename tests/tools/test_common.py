@@ -1,0 +1,136 @@
+"""What all tools that take a config have in common."""
+
+import builtins
+from importlib import import_module
+
+import pytest
+import torch
+
+from dset_d2.tools.common import ConfigToolParser
+
+CONFIG = "configs/rtdetr/rtdetrv2_r18_roadside.py"
+TOOLS = {
+    "ablation": ["--variant", "x:", "--output", "out"],
+    "analyze": ["--weights", "missing.pth"],
+    "benchmark": [],
+    "convert_checkpoint": ["--weights", "missing.pth", "--output", "out"],
+    "lazyconfig_train_net": ["--eval-only"],
+    "visualize": ["--weights", "missing.pth", "--output", "out"],
+}
+# What the message names, by what a config's file holds, or by an override.
+BROKEN_FILES = {
+    "model = (": ["config.py", "syntax error", "line 1"],
+    "import none_such": ["config.py", "No module named 'none_such'", "config.py, line 1"],
+    "model = 1 / 0": ["config.py", "ZeroDivisionError", "config.py, line 1"],
+    "train = dict(device='cpu', init_checkpoint='', output_dir='')": ["the config has no model"],
+}
+BROKEN_OVERRIDES = {
+    "model.decoder.num_querys=20": ["roadside.py", "num_querys", "close", "num_queries"],
+    "model.decoder.num_queries=[20": ["roadside.py", "model.decoder.num_queries=[20"],
+    "model.decoder.cross_attn_method=odd": ["config's model", "cross_attn_method='odd'", "default"],
+    "model.decoder.hidden_dim=wide": ["config's model", "TypeError"],
+    "train.device=gpu": ["device 'gpu'"],
+}
+
+
+@pytest.fixture
+def error_of(tmp_path, monkeypatch, capsys):
+    """The last line that a tool ends with, in a place without any data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    # Detectron2 leaves its own import behind when a config fails.
+    monkeypatch.setattr(builtins, "__import__", builtins.__import__)
+
+    def run(tool: str, *arguments: str) -> str:
+        module = import_module(f"dset_d2.tools.{tool}")
+        main = module.main
+        if tool == "lazyconfig_train_net":
+            main = module.run
+            for setup in ("default_setup", "setup_logger"):  # loggers outlive a test
+                monkeypatch.setattr(module, setup, lambda *args, **kwargs: None)
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments])
+        assert stop.value.code == 2
+        assert not (tmp_path / "out").exists()
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        return error.strip().splitlines()[-1]
+
+    return run
+
+
+def check(error: str, wanted: list[str]) -> None:
+    assert error.startswith("error: ")
+    for text in wanted:
+        assert text in error
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_config_is_needed(tool, error_of):
+    error = error_of(tool, *TOOLS[tool])
+    assert "--config-file" in error and "required" in error
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_missing_configs_are_named_with_their_neighbours(tool, error_of):
+    missing = "configs/rtdetr/rtdetrv2_r19_roadside.py"
+    check(error_of(tool, "--config-file", missing, *TOOLS[tool]), [missing, "r18_roadside.py"])
+
+
+@pytest.mark.parametrize("content", BROKEN_FILES)
+@pytest.mark.parametrize("tool", TOOLS)
+def test_broken_configs_are_named(tool, content, error_of, tmp_path):
+    (tmp_path / "config.py").write_text(content)
+    error = error_of(tool, "--config-file", "config.py", *weights(tool, tmp_path))
+    check(error, BROKEN_FILES[content])
+
+
+@pytest.mark.parametrize("override", BROKEN_OVERRIDES)
+@pytest.mark.parametrize("tool", TOOLS)
+def test_broken_overrides_are_named(tool, override, error_of, tmp_path):
+    if tool == "convert_checkpoint" and override.startswith("train."):
+        pytest.skip("needs no device")
+    error = error_of(tool, "--config-file", CONFIG, *weights(tool, tmp_path), override)
+    check(error, BROKEN_OVERRIDES[override])
+
+
+def weights(tool: str, folder, name: str = "missing.pth") -> list[str]:
+    """The tool's options, with weights where it takes some."""
+    if tool == "lazyconfig_train_net":
+        return ["--eval-only", f"train.init_checkpoint={folder / name}"]
+    return [option.replace("missing.pth", str(folder / name)) for option in TOOLS[tool]]
+
+
+@pytest.mark.parametrize("tool", sorted(TOOLS.keys() - {"ablation", "benchmark"}))
+def test_weights_that_are_missing_or_do_not_fit_are_named(tool, error_of, tmp_path):
+    options = ["--config-file", CONFIG]
+    check(error_of(tool, *options, *weights(tool, tmp_path)), ["missing.pth: no such checkpoint"])
+    torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
+    error = error_of(tool, *options, *weights(tool, tmp_path, "other.pth"))
+    check(error, ["other.pth does not fit the model", "other"])
+    (tmp_path / "text.pth").write_text("no weights")
+    error = error_of(tool, *options, *weights(tool, tmp_path, "text.pth"))
+    check(error, ["text.pth: not a checkpoint"])
+
+
+@pytest.mark.parametrize(
+    "words, files, opts",
+    [
+        ("--config-file a.py b.py x=1 y.z=[2,3]", ["a.py", "b.py"], ["x=1", "y.z=[2,3]"]),
+        ("--config-file a.py --input p x=1 +y=", ["a.py"], ["x=1", "+y="]),
+        ("--input p --config-file a.py ./x=1", ["a.py", "./x=1"], []),
+        ("--config-file a.py --input x=1 --", ["a.py"], []),
+        ("--config-file a.py", ["a.py"], []),
+    ],
+)
+def test_overrides_end_the_command(words, files, opts):
+    parser = ConfigToolParser("A tool.", several=True)
+    parser.add_argument("--input", nargs="+")
+    args = parser.parse_args(words.split())
+    assert (args.config_file, args.opts) == (files, opts)
+
+
+def test_devices_are_named_in_one_way(error_of):
+    for tool in ("ablation", "analyze", "benchmark", "visualize"):
+        error = error_of(tool, "--config-file", CONFIG, *TOOLS[tool], "--device", "gpu")
+        check(error, ["device 'gpu'"])
