@@ -13,12 +13,11 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .sparse.pruning import TokenMap
+from .tokens import TokenMap
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class ForwardContext:
 
     step: int | None = None
     knobs: Knobs = field(default_factory=Knobs)
-    tokens: "TokenMap | None" = None
+    tokens: TokenMap | None = None
     records: dict[str, Record] | None = None
 
     def leave(self, name: str, record: Record) -> None:

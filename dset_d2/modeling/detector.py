@@ -10,9 +10,9 @@ from torchvision.ops import box_convert
 
 from .context import Knobs
 from .encoder import Encoded
-from .layers import Padding
 from .meta_arch import MetaArch
 from .registry import build_criterion, build_decoder, build_encoder
+from .tokens import Padding
 
 
 class Detections(NamedTuple):

@@ -3,7 +3,6 @@
 import functools
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -99,37 +98,3 @@ def constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return cached(*args)
 
     return wrapper
-
-
-class Padding(NamedTuple):
-    """What of a padded batch is image, in whole pixels.
-
-    ``sizes`` and ``padded`` may both be of another scale than the images at hand: only their
-    ratio counts.
-    """
-
-    sizes: Tensor  # (B, 2) width and height of each image
-    padded: tuple[int, int]  # width and height of the batch
-
-    @property
-    def ratio(self) -> Tensor:
-        """(B, 2) share of the padded width and height that each image fills."""
-        return self.sizes / self.sizes.new_tensor(self.padded)
-
-    def cells(self, height: int, width: int) -> Tensor:
-        """(B, 2) columns and rows of a feature map that hold some of the image."""
-        scaled = self.sizes * self.sizes.new_tensor([width, height])
-        padded = self.sizes.new_tensor(self.padded)
-        return (scaled + padded - 1) // padded
-
-    def valid_tokens(self, height: int, width: int) -> Tensor:
-        """(B, height * width) bool, row-major: which tokens of a map hold some of the image."""
-        columns, rows = self.cells(height, width).split(1, dim=1)
-        x = torch.arange(width, device=columns.device) < columns
-        y = torch.arange(height, device=rows.device) < rows
-        return (y[:, :, None] & x[:, None, :]).flatten(1)
-
-
-def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
-    """tokens (B, N, C), index (B, K) -> (B, K, C)."""
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))

@@ -16,7 +16,7 @@ from torchvision.ops import box_convert
 
 from ..clock import TrainingClock, begin_training
 from .context import ForwardContext, Knobs, Record, forward_context, name_parts
-from .layers import Padding
+from .tokens import Padding
 
 LOG_PERIOD = 20  # training steps between two looks at the sparse parts, which a GPU waits for
 

@@ -9,7 +9,7 @@ Encoders turn a backbone's features into the decoder's.
 
 A registered object is called with a ``CfgNode`` and the backbone's output shapes
 (dict of :class:`detectron2.layers.ShapeSpec`) and returns a module that is called with a list of
-features and their :class:`~dset_d2.modeling.layers.Padding`, and returns
+features and their :class:`~dset_d2.modeling.tokens.Padding`, and returns
 :class:`~dset_d2.modeling.encoder.Encoded`.
 """
 

@@ -7,8 +7,7 @@ from detectron2.config import instantiate
 from dset_d2.modeling import Encoded
 from dset_d2.modeling.decoder.queries import make_anchors
 from dset_d2.modeling.encoder.hybrid_encoder import position_embedding
-from dset_d2.modeling.layers import Padding
-from dset_d2.modeling.sparse import TokenMap
+from dset_d2.modeling.tokens import Padding, TokenMap
 
 from ..conftest import make_inputs, make_targets, randomise, tiny_config, tiny_model
 

@@ -16,8 +16,8 @@ from dset_d2.modeling.criterion.matcher import Matches
 from dset_d2.modeling.criterion.set_criterion import pair
 from dset_d2.modeling.decoder.dfine import LQE, Gate
 from dset_d2.modeling.decoder.distribution import EdgeDistribution
-from dset_d2.modeling.layers import Padding
 from dset_d2.modeling.sparse import MemoryPruningConfig
+from dset_d2.modeling.tokens import Padding
 
 from ..conftest import make_inputs, make_targets, tiny_config, tiny_model
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..context import Part, current
 from ..encoder import Encoded
 from ..ffn import make_ffn
-from ..layers import MLP, check_choice, gather_tokens, projection
-from ..sparse import MemoryPruner, MemoryPruningConfig, MoEConfig, moe_layers, prune
+from ..layers import MLP, check_choice, projection
+from ..sparse import MemoryPruner, MemoryPruningConfig, MoEConfig, moe_layers
+from ..tokens import gather_tokens, prune
 from .deformable_attention import Memory, MSDeformableAttention
 from .denoising import Denoising, make_denoising
 from .queries import make_anchors

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import Padding, check_choice
-from ..sparse import restore
+from ..layers import check_choice
+from ..tokens import Padding, restore
 
 
 class Memory(NamedTuple):

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..layers import Padding, constant
+from ..layers import constant
+from ..tokens import Padding
 
 
 @constant

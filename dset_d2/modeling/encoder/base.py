@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..layers import Padding
+from ..tokens import Padding
 
 
 class Encoded(NamedTuple):

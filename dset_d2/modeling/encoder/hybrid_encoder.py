@@ -8,17 +8,10 @@ from torch import Tensor, nn
 
 from ..context import forward_context
 from ..ffn import make_ffn
-from ..layers import ConvNorm, Padding, check_choice, constant, projection
+from ..layers import ConvNorm, check_choice, constant, projection
 from ..registry import ENCODER_REGISTRY
-from ..sparse import (
-    MoEConfig,
-    PruningConfig,
-    TokenMap,
-    TokenPruner,
-    moe_layers,
-    prune,
-    restore,
-)
+from ..sparse import MoEConfig, PruningConfig, TokenPruner, moe_layers
+from ..tokens import Padding, TokenMap, prune, restore
 from .base import Encoded
 from .fusion_blocks import CSPRepLayer, RepNCSPELAN4, SCDown
 

@@ -6,10 +6,7 @@ from .pruning import (
     MemoryPruningConfig,
     PruningConfig,
     PruningRecord,
-    TokenMap,
     TokenPruner,
-    prune,
-    restore,
 )
 
 __all__ = [
@@ -20,9 +17,6 @@ __all__ = [
     "MoERecord",
     "PruningConfig",
     "PruningRecord",
-    "TokenMap",
     "TokenPruner",
     "moe_layers",
-    "prune",
-    "restore",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...clock import check_ramp, ramp
 from ..context import Part, current
 from ..layers import activation, check_choice
-from .pruning import TokenMap
+from ..tokens import TokenMap
 
 DISPATCHES = ("auto", "sorted", "grouped_mm", "dense")
 

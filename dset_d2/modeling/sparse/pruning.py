@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ...clock import check_ramp, ramp
 from ..context import Part, current
-from ..layers import MLP, Padding, check_choice, gather_tokens
+from ..layers import MLP, check_choice
+from ..tokens import Padding, TokenMap, prune
 
 PRIOR_SIZE = 16  # cells per side of the learnable prior, which is resized to the feature map
 
@@ -95,56 +96,6 @@ def keep_count(ratio: float, tokens: int, least: int) -> int:
 def best_tokens(scores: Tensor, count: int) -> Tensor:
     """Indices (B, count) of the highest scores (B, N), in spatial order."""
     return scores.topk(count, dim=1).indices.sort(dim=1).values
-
-
-def prune(tokens: Tensor | None, index: Tensor | None) -> Tensor | None:
-    """Keep some of the tokens, or of what belongs to them: positions, rotations, padding.
-
-    Args:
-        tokens: (B or 1, N, C) or (B or 1, N).
-        index: (B, K) of those to keep; None keeps all.
-
-    Returns:
-        (B, K, C) or (B, K).
-    """
-    if tokens is None or index is None:
-        return tokens
-    tokens = tokens.expand(len(index), *tokens.shape[1:])
-    return tokens.gather(1, index) if tokens.dim() == 2 else gather_tokens(tokens, index)
-
-
-def restore(full: Tensor, index: Tensor | None, tokens: Tensor) -> Tensor:
-    """Put kept tokens (B, K, C) back to their places ``index`` among all, ``full`` (B, N, C)."""
-    if index is None:
-        return tokens
-    return full.scatter(1, index[..., None].expand_as(tokens), tokens.to(full.dtype))
-
-
-class TokenMap(NamedTuple):
-    """Where tokens stand: on which cells of a feature map.
-
-    Attributes:
-        shape: (H, W) of the map.
-        padding: which of the map is image; None: all of it.
-        index: (B, N) row-major cells of the tokens; None: one token on each cell, in order.
-    """
-
-    shape: tuple[int, int]
-    padding: Padding | None = None
-    index: Tensor | None = None
-
-    @property
-    def valid(self) -> Tensor | None:
-        """(B, N) bool, False for tokens on padding; None if there is none."""
-        if self.padding is None:
-            return None
-        return prune(self.padding.valid_tokens(*self.shape), self.index)
-
-    def prune(self, index: Tensor | None) -> "TokenMap":
-        """The map of the tokens that an index (B, K) keeps of these."""
-        if index is None:
-            return self
-        return self._replace(index=index if self.index is None else self.index.gather(1, index))
 
 
 class PruningRecord(NamedTuple):

@@ -12,8 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dset_d2.analysis import count_flops
 from dset_d2.modeling import Knobs, forward_context
-from dset_d2.modeling.layers import Padding
-from dset_d2.modeling.sparse import TokenMap
 from dset_d2.modeling.sparse.moe import (
     MoE,
     MoEConfig,
@@ -23,6 +21,7 @@ from dset_d2.modeling.sparse.moe import (
     moe_layers,
     routing_statistics,
 )
+from dset_d2.modeling.tokens import Padding, TokenMap
 
 from ...conftest import in_two_processes
 

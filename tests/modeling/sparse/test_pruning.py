@@ -13,17 +13,14 @@ from dset_d2.modeling.encoder.hybrid_encoder import (
     TransformerEncoderLayer,
     position_embedding,
 )
-from dset_d2.modeling.layers import Padding
 from dset_d2.modeling.sparse import (
     MemoryPruningConfig,
     PruningConfig,
     PruningRecord,
-    TokenMap,
     TokenPruner,
-    prune,
-    restore,
 )
 from dset_d2.modeling.sparse.pruning import best_tokens, foreground, keep_count
+from dset_d2.modeling.tokens import Padding, TokenMap, prune, restore
 
 from ...conftest import make_inputs, make_targets, sparse_model, tiny_model
 

@@ -1,0 +1,90 @@
+"""Tokens of a feature map: which are image, which are kept, and where they stand."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Padding(NamedTuple):
+    """What of a padded batch is image, in whole pixels.
+
+    ``sizes`` and ``padded`` may both be of another scale than the images at hand: only their
+    ratio counts.
+    """
+
+    sizes: Tensor  # (B, 2) width and height of each image
+    padded: tuple[int, int]  # width and height of the batch
+
+    @property
+    def ratio(self) -> Tensor:
+        """(B, 2) share of the padded width and height that each image fills."""
+        return self.sizes / self.sizes.new_tensor(self.padded)
+
+    def cells(self, height: int, width: int) -> Tensor:
+        """(B, 2) columns and rows of a feature map that hold some of the image."""
+        scaled = self.sizes * self.sizes.new_tensor([width, height])
+        padded = self.sizes.new_tensor(self.padded)
+        return (scaled + padded - 1) // padded
+
+    def valid_tokens(self, height: int, width: int) -> Tensor:
+        """(B, height * width) bool, row-major: which tokens of a map hold some of the image."""
+        columns, rows = self.cells(height, width).split(1, dim=1)
+        x = torch.arange(width, device=columns.device) < columns
+        y = torch.arange(height, device=rows.device) < rows
+        return (y[:, :, None] & x[:, None, :]).flatten(1)
+
+
+def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """tokens (B, N, C), index (B, K) -> (B, K, C)."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def prune(tokens: Tensor | None, index: Tensor | None) -> Tensor | None:
+    """Keep some of the tokens, or of what belongs to them: positions, rotations, padding.
+
+    Args:
+        tokens: (B or 1, N, C) or (B or 1, N).
+        index: (B, K) of those to keep; None keeps all.
+
+    Returns:
+        (B, K, C) or (B, K).
+    """
+    if tokens is None or index is None:
+        return tokens
+    tokens = tokens.expand(len(index), *tokens.shape[1:])
+    return tokens.gather(1, index) if tokens.dim() == 2 else gather_tokens(tokens, index)
+
+
+def restore(full: Tensor, index: Tensor | None, tokens: Tensor) -> Tensor:
+    """Put kept tokens (B, K, C) back to their places ``index`` among all, ``full`` (B, N, C)."""
+    if index is None:
+        return tokens
+    return full.scatter(1, index[..., None].expand_as(tokens), tokens.to(full.dtype))
+
+
+class TokenMap(NamedTuple):
+    """Where tokens stand: on which cells of a feature map.
+
+    Attributes:
+        shape: (H, W) of the map.
+        padding: which of the map is image; None: all of it.
+        index: (B, N) row-major cells of the tokens; None: one token on each cell, in order.
+    """
+
+    shape: tuple[int, int]
+    padding: Padding | None = None
+    index: Tensor | None = None
+
+    @property
+    def valid(self) -> Tensor | None:
+        """(B, N) bool, False for tokens on padding; None if there is none."""
+        if self.padding is None:
+            return None
+        return prune(self.padding.valid_tokens(*self.shape), self.index)
+
+    def prune(self, index: Tensor | None) -> "TokenMap":
+        """The map of the tokens that an index (B, K) keeps of these."""
+        if index is None:
+            return self
+        return self._replace(index=index if self.index is None else self.index.gather(1, index))
