@@ -133,7 +133,8 @@ class DFINEDecoder(DETRDecoder):
     ) -> list[dict[str, Tensor]]:
         """As in the base class; in training the first entry is the box that layers start from."""
         layers = []
-        first = None  # the box of the first layer, around which all edges are distributed
+        last = self.last_layer()
+        first = reference  # the box of the first layer, around which all edges are distributed
         previous = torch.zeros_like(content)
         corners = 0.0  # logits of the bins
         for index, layer in enumerate(self.decoder.layers):
@@ -142,23 +143,22 @@ class DFINEDecoder(DETRDecoder):
             content, previous = repeat_channels(content, width), repeat_channels(previous, width)
             memory = memory._replace(tokens=repeat_channels(memory.tokens, width))
             content = layer(content, reference, position, attn_mask, memory)
-            logits = self.dec_score_head[index](content)
             if index == 0:
                 delta = self.pre_bbox_head(content).float()
-                boxes = (delta + inverse_sigmoid(reference)).sigmoid()
-                layers.append({"pred_logits": logits, "pred_boxes": boxes})
-                first = boxes.detach()
-
+                first = (delta + inverse_sigmoid(reference)).sigmoid()
             corners = corners + self.dec_bbox_head[index](content + previous).float()
             probabilities = corners.unflatten(-1, (4, -1)).softmax(-1)
-            boxes = self.distribution.decode(first, probabilities)
-            if self.training or index == self.last_layer():
+            boxes = self.distribution.decode(first.detach(), probabilities)
+            if self.training or index == last:
+                logits = self.dec_score_head[index](content)
+                if self.training and index == 0:
+                    layers.append({"pred_logits": logits, "pred_boxes": first})
                 logits = self.decoder.lqe_layers[index](logits, probabilities)
                 layers.append({"pred_logits": logits, "pred_boxes": boxes})
             if self.training:
-                layers[-1] |= {"pred_corners": corners, "ref_points": first}
-            elif index == self.last_layer():
-                return layers[-1:]
+                layers[-1] |= {"pred_corners": corners, "ref_points": first.detach()}
+            elif index == last:
+                break
             reference, previous = boxes.detach(), content.detach()
         return layers
 

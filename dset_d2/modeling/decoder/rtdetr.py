@@ -18,7 +18,7 @@ class RTDETRDecoder(DETRDecoder):
     def refine(
         self, content: Tensor, reference: Tensor, attn_mask: Tensor | None, memory: Memory
     ) -> list[dict[str, Tensor]]:
-        layers = []
+        layers, last = [], self.last_layer()
         previous = None
         for index, layer in enumerate(self.decoder.layers):
             position = self.query_pos_head(reference)
@@ -32,7 +32,7 @@ class RTDETRDecoder(DETRDecoder):
                     full = (delta + inverse_sigmoid(previous)).sigmoid()
                 logits = self.dec_score_head[index](content)
                 layers.append({"pred_logits": logits, "pred_boxes": full})
-            elif index == self.last_layer():
+            elif index == last:
                 logits = self.dec_score_head[index](content)
                 return [{"pred_logits": logits, "pred_boxes": refined}]
             previous, reference = refined, refined.detach()
