@@ -28,6 +28,16 @@ def check_choice(name: str, value: object, allowed) -> None:
         raise ValueError(f"{name}={value!r} is not one of {sorted(allowed)}")
 
 
+def convolution(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
+) -> nn.Conv2d:
+    """Without a bias, as a norm follows; an odd kernel keeps a map's size up to the stride."""
+    padding = (kernel_size - 1) // 2
+    return nn.Conv2d(
+        in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False
+    )
+
+
 class ConvNorm(nn.Module):
     """Bias-free convolution, batch norm and activation, with upstream's names."""
 
@@ -41,15 +51,7 @@ class ConvNorm(nn.Module):
         act: str | None = None,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding=(kernel_size - 1) // 2,
-            groups=groups,
-            bias=False,
-        )
+        self.conv = convolution(in_channels, out_channels, kernel_size, stride, groups)
         self.norm = nn.BatchNorm2d(out_channels)
         self.act = activation(act)
 
@@ -59,7 +61,7 @@ class ConvNorm(nn.Module):
 
 def projection(in_channels: int, out_channels: int) -> nn.Sequential:
     """1x1 convolution and batch norm without activation."""
-    conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+    conv = convolution(in_channels, out_channels, 1)
     return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(out_channels)))
 
 

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers import convolution
+
 LEVELS = ("p3", "p4", "p5")  # strides 8, 16, 32
 
 
@@ -55,7 +57,7 @@ class DetailBranch(nn.Module):
         super().__init__()
 
         def step(in_channels: int, out_channels: int) -> list[nn.Module]:
-            conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False)
+            conv = convolution(in_channels, out_channels, 3, stride=2)
             return [conv, nn.BatchNorm2d(out_channels)]
 
         c = channels
@@ -87,7 +89,7 @@ class SpatialTuningAdapter(nn.Module):
         self.out_channels = out_channels
         self.sta = DetailBranch(conv_channels)
         self.convs = nn.ModuleList(
-            nn.Conv2d(in_channels + factor * conv_channels, out_channels, 1, bias=False)
+            convolution(in_channels + factor * conv_channels, out_channels, 1)
             for factor in (2, 4, 4)
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(out_channels) for _ in LEVELS)

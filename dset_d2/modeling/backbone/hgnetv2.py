@@ -9,7 +9,7 @@ from detectron2.config import configurable
 from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 
-from ..layers import check_choice
+from ..layers import check_choice, convolution
 from .base import ConvBackbone
 
 
@@ -99,10 +99,7 @@ class ConvBNAct(nn.Module):
     ) -> None:
         super().__init__()
         self.pad = (0, 1, 0, 1) if kernel_size % 2 == 0 else None
-        padding = (kernel_size - 1) // 2
-        self.conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False
-        )
+        self.conv = convolution(in_channels, out_channels, kernel_size, stride, groups)
         self.bn = nn.BatchNorm2d(out_channels)
         self.act = nn.ReLU() if act else nn.Identity()
         self.lab = LearnableAffine() if act and lab else nn.Identity()

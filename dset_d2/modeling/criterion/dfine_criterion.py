@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..layers import check_choice
 from ..registry import CRITERION_REGISTRY
-from .matcher import HungarianMatcher, Matches
+from .matcher import Matches
 from .set_criterion import Pairs, SetCriterion, average_count, in_fp32, pair
 
 
@@ -36,12 +36,11 @@ class DFINECriterion(SetCriterion):
     """Adds fine-grained localisation (FGL) and decoupled distillation (DDF) to RT-DETR's losses.
 
     Args:
-        weights: factor per loss, keys as in ``default_weights``.
         classification: "vfl", or "mal" for the matchability-aware loss of DEIM
             (https://arxiv.org/abs/2412.04234).
-        alpha, gamma: of the varifocal loss.
         mal_gamma: of the matchability-aware loss.
         temperature: of the distillation, whose teacher is the last layer.
+        settings: see :class:`SetCriterion`.
     """
 
     default_weights = {"vfl": 1.0, "mal": 1.0, "bbox": 5.0, "giou": 2.0, "fgl": 0.15, "ddf": 1.5}
@@ -49,16 +48,13 @@ class DFINECriterion(SetCriterion):
     @configurable
     def __init__(
         self,
-        num_classes: int,
-        matcher: HungarianMatcher,
-        weights: dict[str, float] | None = None,
+        *args,
         classification: str = "vfl",
-        alpha: float = 0.75,
-        gamma: float = 2.0,
         mal_gamma: float = 1.5,
         temperature: float = 5.0,
+        **settings,
     ) -> None:
-        super().__init__(num_classes, matcher, weights, alpha, gamma)
+        super().__init__(*args, **settings)
         check_choice("classification", classification, ("vfl", "mal"))
         self.classification = classification
         self.mal_gamma = mal_gamma

@@ -1,12 +1,6 @@
 """The control of DSET-R34's experts: dense FFNs as wide as what one token uses of them."""
 
-from ....configs.rtdetr.rtdetrv2_r34_dair_v2x import (
-    dataloader,
-    lr_multiplier,
-    model,
-    optimizer,
-    train,
-)
+from .common.r34 import dataloader, lr_multiplier, model, optimizer, train
 
 model.encoder.dim_feedforward = 512  # 2 of 4 experts of 256
 model.decoder.dim_feedforward = 504  # 3 of 6 experts of 168

@@ -1,12 +1,6 @@
 """The control of DSET-R50's experts: dense FFNs as wide as what one token uses of them."""
 
-from ....configs.rtdetr.rtdetrv2_r50_dair_v2x import (
-    dataloader,
-    lr_multiplier,
-    model,
-    optimizer,
-    train,
-)
+from .common.r50 import dataloader, lr_multiplier, model, optimizer, train
 
 model.encoder.dim_feedforward = 504  # 3 of 6 experts of 168
 model.decoder.dim_feedforward = 504  # 3 of 6 experts of 168

@@ -1,12 +1,6 @@
 """DSET-R18: token pruning and experts in the encoder, experts in the decoder."""
 
-from ....configs.rtdetr.rtdetrv2_r18_dair_v2x import (
-    dataloader,
-    lr_multiplier,
-    model,
-    optimizer,
-    train,
-)
+from .common.r18 import dataloader, lr_multiplier, model, optimizer, train
 from .common.sparse import decoder_moe, patch_moe, pruning
 
 model.encoder.update(pruning=pruning, moe=patch_moe)

@@ -1,12 +1,6 @@
 """Ablation of DSET-R18: experts in the encoder alone."""
 
-from ....configs.rtdetr.rtdetrv2_r18_dair_v2x import (
-    dataloader,
-    lr_multiplier,
-    model,
-    optimizer,
-    train,
-)
+from .common.r18 import dataloader, lr_multiplier, model, optimizer, train
 from .common.sparse import patch_moe
 
 model.encoder.moe = patch_moe

@@ -1,12 +1,6 @@
 """Ablation of DSET-R18: token pruning alone."""
 
-from ....configs.rtdetr.rtdetrv2_r18_dair_v2x import (
-    dataloader,
-    lr_multiplier,
-    model,
-    optimizer,
-    train,
-)
+from .common.r18 import dataloader, lr_multiplier, model, optimizer, train
 from .common.sparse import pruning
 
 model.encoder.pruning = pruning

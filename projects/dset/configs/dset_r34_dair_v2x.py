@@ -1,12 +1,6 @@
 """DSET-R34: token pruning and experts in the encoder, experts in the decoder."""
 
-from ....configs.rtdetr.rtdetrv2_r34_dair_v2x import (
-    dataloader,
-    lr_multiplier,
-    model,
-    optimizer,
-    train,
-)
+from .common.r34 import dataloader, lr_multiplier, model, optimizer, train
 from .common.sparse import decoder_moe, patch_moe, pruning
 
 model.encoder.update(pruning=pruning, moe=patch_moe)

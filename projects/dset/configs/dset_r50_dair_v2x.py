@@ -1,12 +1,6 @@
 """DSET-R50: token pruning and experts in the encoder, experts in the decoder."""
 
-from ....configs.rtdetr.rtdetrv2_r50_dair_v2x import (
-    dataloader,
-    lr_multiplier,
-    model,
-    optimizer,
-    train,
-)
+from .common.r50 import dataloader, lr_multiplier, model, optimizer, train
 from .common.sparse import decoder_moe, patch_moe, pruning
 
 model.encoder.update(pruning=pruning, moe=patch_moe)

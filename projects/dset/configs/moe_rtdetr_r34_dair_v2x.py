@@ -1,12 +1,6 @@
 """MoE-RTDETR-R34: experts in the decoder only."""
 
-from ....configs.rtdetr.rtdetrv2_r34_dair_v2x import (
-    dataloader,
-    lr_multiplier,
-    model,
-    optimizer,
-    train,
-)
+from .common.r34 import dataloader, lr_multiplier, model, optimizer, train
 from .common.sparse import decoder_moe
 
 model.decoder.moe = decoder_moe

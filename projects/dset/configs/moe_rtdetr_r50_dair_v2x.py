@@ -1,12 +1,6 @@
 """MoE-RTDETR-R50: experts in the decoder only."""
 
-from ....configs.rtdetr.rtdetrv2_r50_dair_v2x import (
-    dataloader,
-    lr_multiplier,
-    model,
-    optimizer,
-    train,
-)
+from .common.r50 import dataloader, lr_multiplier, model, optimizer, train
 from .common.sparse import decoder_moe
 
 model.decoder.moe = decoder_moe
