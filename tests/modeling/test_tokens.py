@@ -1,0 +1,38 @@
+import math
+from fractions import Fraction
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dset_d2.modeling.tokens import Padding, TokenMap
+
+from ..conftest import make_inputs, tiny_model
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 3000), st.integers(0, 2000), st.integers(1, 250))
+def test_cells_with_image_are_counted_exactly(size, padding, columns):
+    """Not by a share in float32, which at many sizes is a little too large."""
+    padded = Padding(torch.tensor([[size, 1]]), (size + padding, 1))
+    expected = math.ceil(Fraction(size * columns, size + padding))
+    assert padded.cells(1, columns).tolist() == [[expected, 1]]
+    assert int(padded.valid_tokens(1, columns).sum()) == expected
+
+
+def test_no_column_of_padding_counts_as_image():
+    """224 of 416 pixels are 7 columns of 13, though their share in float32 gives 8."""
+    _, padding = tiny_model().preprocess(make_inputs([(416, 224), (416, 416)]))
+    assert padding.cells(13, 13).tolist() == [[7, 13], [13, 13]]
+    valid = padding.valid_tokens(13, 13)[0].view(13, 13)
+    assert valid[:, :7].all() and not valid[:, 7:].any()
+
+
+def test_a_map_of_kept_tokens_knows_their_cells():
+    padding = Padding(torch.tensor([[3, 2], [4, 2]]), (4, 2))
+    tokens = TokenMap((2, 4), padding)
+    first = tokens.prune(torch.tensor([[0, 3, 7], [3, 4, 7]]))
+    second = first.prune(torch.tensor([[1, 2], [0, 2]]))
+    assert second.index.tolist() == [[3, 7], [3, 7]]
+    assert second.valid.tolist() == [[False, False], [True, True]]
+    assert tokens.prune(None) is tokens and TokenMap((2, 4)).valid is None
