@@ -18,25 +18,14 @@ VERSION = 9  # of the drawing: a change makes written data sets stale
 
 
 def write_dataset(
-    root: Path,
-    num_train: int,
-    num_val: int,
-    height: int,
-    width: int,
-    seed: int = 0,
+    root: Path, num_train: int, num_val: int, height: int, width: int, seed: int = 0,
     progress: bool = True,
-) -> None:
+) -> None:  # fmt: skip
     """Write ``root/dair-v2x`` in DAIR-V2X's single-infrastructure layout.
 
-    Frame i depends on (``seed``, i) and the size alone; training frames come first. All frames
-    are of :data:`CAMERAS` fixed cameras. A data set already written with the same arguments is
-    kept, an interrupted one is completed.
-
-    Args:
-        root: folder that gets ``dair-v2x/single-infrastructure-side`` and ``.../split_datas``.
-        num_train, num_val: frames in either split.
-        height, width: pixels.
-        progress: whether to show a progress bar.
+    Frame i depends on (``seed``, i) and the size in pixels alone; training frames come first. All
+    frames are of :data:`CAMERAS` fixed cameras. A data set already written with the same arguments
+    is kept, an interrupted one is completed.
 
     Raises:
         ValueError: for a size that is not positive, or a negative count or seed.
@@ -46,18 +35,17 @@ def write_dataset(
     check_least(0, num_train=num_train, num_val=num_val, seed=seed)
     base = Path(root) / "dair-v2x"
     side, marker = base / "single-infrastructure-side", base / MARKER
-    wanted = dict(
-        version=VERSION, num_train=num_train, num_val=num_val, height=height, width=width, seed=seed
-    )
+    wanted = {"version": VERSION, "num_train": num_train, "num_val": num_val, "seed": seed}
+    wanted |= {"height": height, "width": width}
     found = json.loads(marker.read_text()) if marker.exists() else None
     if found == wanted | {"complete": True}:
         return
     if found is None and side.exists():
         raise FileExistsError(f"{side} holds a dataset that was not generated; choose another root")
     if found != wanted | {"complete": False}:
-        _write_json(marker, {})  # half deleted is not whole
+        _write(marker, {})  # half deleted is not whole
         shutil.rmtree(side, ignore_errors=True)
-    _write_json(marker, wanted | {"complete": False})
+    _write(marker, wanted | {"complete": False})
 
     names = [f"{index:06d}" for index in range(num_train + num_val)]
     bar = tqdm(names, desc="drawing scenes", unit="frame", disable=not progress)
@@ -67,17 +55,15 @@ def write_dataset(
             continue
         scene = render_scene(frame_seed(seed, index), height, width, camera_seed(seed, index))
         quality = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
-        ok, code = cv2.imencode(".jpg", scene.image[..., ::-1], quality)
-        if not ok:
-            raise OSError(f"OpenCV cannot encode frame {name}")
+        code = cv2.imencode(".jpg", scene.image[..., ::-1], quality)[1]
         _write(side / "image" / f"{name}.jpg", code.tobytes())
-        _write_json(label, [to_dair(item) for item in scene.objects])
+        _write(label, [to_dair(item) for item in scene.objects])
     paths = ("image_path", "image/{}.jpg"), ("label_camera_std_path", "label/camera/{}.json")
     records = [{key: path.format(name) for key, path in paths} for name in names]
-    _write_json(side / "data_info.json", records)
+    _write(side / "data_info.json", records)
     split = {"train": names[:num_train], "val": names[num_train:], "test": []}
-    _write_json(base / "split_datas" / "single-infrastructure-split-data.json", split)
-    _write_json(marker, wanted | {"complete": True})
+    _write(base / "split_datas" / "single-infrastructure-split-data.json", split)
+    _write(marker, wanted | {"complete": True})
 
 
 def frame_seed(seed: int, index: int) -> int:
@@ -107,10 +93,8 @@ def to_dair(item: SceneObject) -> dict:
     }
 
 
-def _write_json(path: Path, value: object) -> None:
-    _write(path, json.dumps(value, indent=1).encode())
-
-
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes | list | dict) -> None:
+    """Write bytes, or anything else as JSON."""
+    data = content if isinstance(content, bytes) else json.dumps(content, indent=1).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write(content))
+    write_atomically(path, lambda file: file.write(data))

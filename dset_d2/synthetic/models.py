@@ -39,12 +39,9 @@ class Decal(NamedTuple):
 
 
 def prism(
-    profile: Points,
-    half_width: float,
-    colour: Colour,
-    decals: Sequence[Decal] = (),
+    profile: Points, half_width: float, colour: Colour, decals: Sequence[Decal] = (),
     taper: float = 0,
-) -> list[Face]:
+) -> list[Face]:  # fmt: skip
     """A convex x-z profile, counter-clockwise, stretched to both sides along y.
 
     The half width shrinks by ``taper`` per metre of height.

@@ -316,9 +316,7 @@ def _background(stage: Stage) -> np.ndarray:
     cast, contact = np.zeros(stage.size, np.uint8), np.zeros(stage.size, np.uint8)
     for thing in stage.things:
         shift = light.sun[:2] * (-thing.model.size[2] / light.sun[2])
-        hull = cv2.convexHull(
-            np.concatenate([thing.footprint, thing.footprint + shift]).astype("f4")
-        )
+        hull = cv2.convexHull(np.float32([*thing.footprint, *(thing.footprint + shift)]))
         _fill_ground(stage.camera, cast, hull.swapaxes(0, 1), 255)
         if thing.category:
             _fill_ground(stage.camera, contact, thing.footprint[None], 255)
