@@ -215,12 +215,12 @@ def motorcyclist(rng: np.random.Generator) -> Model:
 
 
 def traffic_cone(rng: np.random.Generator) -> Model:
-    height, orange = rng.uniform(0.7, 0.95), pick(rng, ORANGE)
+    height, orange = rng.uniform(0.8, 1.05), pick(rng, ORANGE)
     rings = [
-        [Rod([(0, 0, z * height), (0, 0, (z + 0.14) * height)], 0.44 - 0.4 * z, colour)]
+        [Rod([(0, 0, z * height), (0, 0, (z + 0.14) * height)], 0.5 - 0.45 * z, colour)]
         for z, colour in zip((0.2, 0.36, 0.52, 0.68, 0.82), (orange, PALE) * 3)
     ]
-    return Model(rings, (0.4, 0.4, height))
+    return Model(rings, (0.44, 0.44, height))
 
 
 def crowd(rng: np.random.Generator) -> Model:

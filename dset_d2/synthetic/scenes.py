@@ -38,10 +38,10 @@ HABITS = {
     "Truck": Habit(models.truck, 0.1),
     "Van": Habit(models.van, 0.1),
     "Bus": Habit(models.bus, 0.08),
-    "Pedestrian": Habit(models.pedestrian, 0.13, 22, (-3.2, -0.6), 0.5),
+    "Pedestrian": Habit(models.pedestrian, 0.13, 24, (-3.2, -0.6), 0.5),
     "Cyclist": Habit(models.cyclist, 0.09, 26, (0.4, 2.4), 0.2),
     "Motorcyclist": Habit(models.motorcyclist, 0.08, 26, (0.4, 2.4), 0.2),
-    "Trafficcone": Habit(models.traffic_cone, 0.1, 15, (-0.6, 3.2), 1.0),
+    "Trafficcone": Habit(models.traffic_cone, 0.1, 18, (-0.6, 3.2), 1.0),
     "PedestrianIgnore": Habit(models.crowd, 0, 30, (-3.2, -1.0), 0.5),
 }
 CATEGORIES = tuple(name for name, habit in HABITS.items() if habit.share)
@@ -219,7 +219,7 @@ def _populate(stage: Stage) -> None:
         names.append("PedestrianIgnore")
     crew = [(name, HABITS[name].build(rng)) for name in names]
     for name, model in sorted(crew, key=lambda one: -one[1].size[0]):  # the long ones need room
-        for _ in range(14):
+        for _ in range(40):  # near the camera, little of the road is in sight
             if _put(stage, name, model, *_pose(stage, name)):
                 break
 
@@ -254,7 +254,7 @@ def _put(
     pixels, depth = stage.camera.project(solid)
     low, high, end = pixels.min(0) / SCALE, pixels.max(0) / SCALE, stage.size[::-1]
     inside = np.maximum(np.minimum(high, end) - np.maximum(low, 0), 0)
-    least = stage.size[0] * MIN_HEIGHT * (0.7 if category == "Trafficcone" else 1)
+    least = stage.size[0] * MIN_HEIGHT * (0.65 if category == "Trafficcone" else 1)
     large = inside[1] >= least and inside[0] >= least / 3
     central = inside.prod() > 0.35 * (high - low).prod()
     if depth.min() < NEAR or not inside.all() or (category and not (large and central)):
