@@ -6,7 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dset_d2.data.roadside import write_dataset
+from dset_d2.synthetic import write_dataset
 
 from .common import ToolParser, UsageError, entry_point
 

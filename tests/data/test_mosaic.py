@@ -15,7 +15,7 @@ from dset_d2.clock import shared_step
 from dset_d2.data.augmentation import RandomPhotometric, RandomZoomOut, UntilStep
 from dset_d2.data.mapper import DETRMapper
 from dset_d2.data.mosaic import Mosaic
-from dset_d2.data.roadside import write_dataset
+from dset_d2.synthetic import write_dataset
 
 from .test_mapper import COLOURS, colour_share
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dset_d2.data.roadside import write_dataset
 from dset_d2.engine.optimizer import flat_cosine
+from dset_d2.synthetic import write_dataset
 
 ROOT = Path(__file__).parents[2]
 DENSE = "configs/rtdetr/rtdetrv2_r18_roadside.py"

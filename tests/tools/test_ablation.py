@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from dset_d2.data.roadside import write_dataset
+from dset_d2.synthetic import write_dataset
 from dset_d2.tools import ablation
 
 DSET = "projects/dset/configs/dset_r18_roadside.py"

@@ -8,7 +8,7 @@ from PIL import Image
 
 import dset_d2
 from dset_d2.data import dair_v2x
-from dset_d2.data.roadside import write_dataset
+from dset_d2.synthetic import write_dataset
 from dset_d2.tools import convert_checkpoint, visualize
 
 ROADSIDE = "configs/rtdetr/rtdetrv2_r18_roadside.py"

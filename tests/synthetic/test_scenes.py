@@ -1,0 +1,181 @@
+from itertools import combinations
+
+import cv2
+import numpy as np
+import pytest
+
+from dset_d2.data.dair_v2x import CLASSES_8
+from dset_d2.synthetic import (
+    CAMERAS,
+    CATEGORIES,
+    Scene,
+    camera_seed,
+    frame_seed,
+    render_scene,
+    scenes,
+)
+from dset_d2.synthetic.scenes import paint_order
+
+HEIGHT, WIDTH = 288, 512
+SMALL = (96, 160)
+
+
+@pytest.fixture(scope="module")
+def rendered():
+    return [render_scene(frame_seed(0, index), HEIGHT, WIDTH) for index in range(60)]
+
+
+@pytest.fixture(scope="module")
+def bare():
+    """Scenes in which nothing but participants can hide a participant."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenes, "_furnish", lambda stage: None)
+        return [render_scene(frame_seed(1, index), HEIGHT, WIDTH) for index in range(30)]
+
+
+def intersect(a, b):
+    return min(a[2], b[2]) > max(a[0], b[0]) and min(a[3], b[3]) > max(a[1], b[1])
+
+
+def test_a_seed_decides_the_scene():
+    first, again, other = (render_scene(seed, *SMALL) for seed in (7, 7, 8))
+    assert np.array_equal(first.image, again.image) and first.objects == again.objects
+    assert not np.array_equal(first.image, other.image)
+
+
+@pytest.mark.parametrize("size", [(96, 160), (121, 97), (64, 256)])
+def test_any_size_can_be_drawn(size):
+    scene = render_scene(2, *size)
+    assert scene.image.shape == (*size, 3) and scene.image.dtype == np.uint8
+
+
+def test_boxes_lie_in_the_image_and_are_not_tiny(rendered):
+    boxes = np.array([item.box for scene in rendered for item in scene.objects])
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= (WIDTH, HEIGHT)).all()
+    sides = boxes[:, 2:] - boxes[:, :2]
+    assert (sides[:, 1] >= 6).all() and (sides[:, 0] >= 2).all()
+
+
+def test_truncated_boxes_touch_the_border(rendered):
+    items = [item for scene in rendered for item in scene.objects]
+    assert {item.truncated_state for item in items} == {0, 1, 2}
+    x0, y0, x1, y1 = np.array([item.box for item in items if item.truncated_state]).T
+    touches = (np.minimum(x0, y0) <= 1) | (x1 >= WIDTH - 1) | (y1 >= HEIGHT - 1)
+    assert touches.mean() > 0.97  # a thing of loose parts may end short of the border
+
+
+def test_boxes_fit_what_was_drawn(monkeypatch):
+    """The pixels that differ once the participants are left out fill the boxes."""
+
+    def draw_all() -> list[Scene]:
+        return [render_scene(frame_seed(1, index), HEIGHT, WIDTH) for index in range(12)]
+
+    day = scenes._light(np.random.default_rng(0))  # at night, lamps shine beyond the boxes
+    assert not day.lamps
+    monkeypatch.setattr(scenes, "_light", lambda rng: day)
+    monkeypatch.setattr(scenes, "_furnish", lambda stage: None)
+    whole = draw_all()
+    genuine_paint = scenes.paint
+    monkeypatch.setattr(
+        scenes, "paint", lambda image, *args: image.ndim == 2 and genuine_paint(image, *args)
+    )
+    errors = []
+    for scene, empty in zip(whole, draw_all(), strict=True):
+        changed = np.abs(scene.image.astype(int) - empty.image).max(-1) > 20
+        for item in scene.objects:
+            around = np.array(item.box) + (-5, -5, 5, 5)
+            if any(o is not item and intersect(o.box, around) for o in scene.objects):
+                continue
+            x0, y0, x1, y1 = np.clip(around.round().astype(int), 0, (WIDTH, HEIGHT) * 2)
+            rows, columns = np.nonzero(changed[y0:y1, x0:x1])
+            drawn = (columns.min() + x0, rows.min() + y0, columns.max() + x0, rows.max() + y0)
+            errors.append(np.abs(np.array(drawn) + (0, 0, 1, 1) - item.box).max())
+    assert len(errors) > 15
+    # The rest are dark paints, whose edge is hard to tell from asphalt.
+    assert np.median(errors) < 1.2 and np.quantile(errors, 0.75) < 2.5
+
+
+def test_heights_in_pixels_follow_perspective(rendered):
+    """Pixel height x depth / metres is the focal length, one for all upright things of a scene."""
+    compared = 0
+    for scene in rendered:
+        focal = [
+            (item.box[3] - item.box[1]) * item.depth / item.dimensions[2]
+            for item in scene.objects
+            if item.category == "Pedestrian" and not item.truncated_state
+        ]
+        for a, b in combinations(focal, 2):
+            compared += 1
+            assert a == pytest.approx(b, rel=0.25)
+            assert 0.8 * WIDTH < a < 1.6 * WIDTH
+    assert compared > 5
+
+
+def test_every_category_occurs(rendered):
+    names = [item.category for scene in rendered for item in scene.objects]
+    assert CATEGORIES == CLASSES_8
+    assert all(names.count(name) >= 10 for name in CATEGORIES)
+    assert set(names) <= {*CATEGORIES, "PedestrianIgnore"}
+    assert max(CATEGORIES, key=names.count) == "Car"
+    assert max(len(scene.objects) for scene in rendered) > 8
+
+
+def test_some_frames_are_empty(monkeypatch):
+    monkeypatch.setattr(scenes, "_furnish", lambda stage: None)
+    counts = [len(render_scene(frame_seed(2, index), *SMALL).objects) for index in range(100)]
+    assert 2 <= counts.count(0) <= 16
+
+
+def test_what_no_other_box_meets_is_not_occluded(bare):
+    states = []
+    for scene in bare:
+        for item in scene.objects:
+            others = [o for o in scene.objects if o is not item and intersect(o.box, item.box)]
+            states.append(item.occluded_state)
+            if item.occluded_state:
+                assert others
+    assert set(states) == {0, 1, 2}
+
+
+def test_the_nearer_of_two_is_the_one_in_front(bare):
+    """Where two short participants overlap and one is hidden, the hidden one is farther away."""
+    hidden = 0
+    for scene in bare:
+        for item in filter(lambda item: item.occluded_state, scene.objects):
+            others = [o for o in scene.objects if o is not item and intersect(o.box, item.box)]
+            if max(o.dimensions[0] for o in others) < 6:
+                hidden += 1
+                assert any(o.depth < item.depth for o in others)
+    assert hidden >= 3
+
+
+def rectangle(x, y, width, length):
+    corners = np.array([[1, -1], [1, 1], [-1, 1], [-1, -1]]) * (width / 2, length / 2)
+    return np.array([x, y]) + corners
+
+
+def test_a_bus_hides_the_car_beside_it_even_if_its_centre_is_farther():
+    bus, car = rectangle(5.0, 30, 2.5, 11), rectangle(8.5, 28, 1.8, 4.5)
+    assert paint_order(np.array([bus, car])) == [1, 0]
+    assert paint_order(np.array([car, bus])) == [0, 1]
+    ahead = rectangle(5.0, 20, 1.8, 4.5)
+    assert paint_order(np.array([bus, car, ahead])) == [1, 0, 2]
+    assert paint_order(np.zeros((0, 4, 2))) == []
+
+
+def test_frames_of_one_camera_look_alike(monkeypatch):
+    """With nothing that moves, what is left of two frames of one camera differs by light alone."""
+    monkeypatch.setattr(scenes, "_populate", lambda stage: None)
+    dull = scenes._light(np.random.default_rng(0))
+    monkeypatch.setattr(scenes, "_light", lambda rng: dull)
+
+    def edges(index: int) -> np.ndarray:
+        image = render_scene(frame_seed(0, index), 144, 256, camera_seed(0, index)).image
+        grey = cv2.GaussianBlur(image.mean(-1).astype(np.float32), None, 2)
+        return np.hypot(cv2.Sobel(grey, -1, 1, 0), cv2.Sobel(grey, -1, 0, 1)).ravel()
+
+    pictures = [edges(index) for index in range(2 * CAMERAS)]
+    likeness = np.corrcoef(pictures)
+    for index in range(CAMERAS):
+        other = (index + 1) % CAMERAS
+        assert likeness[index, index + CAMERAS] > 0.9 > 0.7 > likeness[index, other]
