@@ -1,4 +1,5 @@
 import io
+import itertools
 import pickle
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import torch
 from detectron2.data import build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
-from PIL import Image
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
 
 from dset_d2.clock import shared_step
 from dset_d2.data.augmentation import (
@@ -19,8 +22,10 @@ from dset_d2.data.augmentation import (
 )
 from dset_d2.data.coco import coco_dataset
 from dset_d2.data.mapper import DETRMapper, read_image
+from dset_d2.data.mosaic import Mosaic
 
 FRAME = Path(__file__).parents[3] / "shared" / "data" / "rope3d_frame" / "frame.jpg"
+PLAIN = DETRMapper(is_train=True, augmentations=[])
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
 
 
@@ -190,3 +195,128 @@ def test_coco_dataset_names_stand_for_one_file(tmp_path):
     assert len(coco_dataset(*arguments)) == len(coco_dataset(*arguments)) == 1
     with pytest.raises(ValueError, match="some_train' stands for"):
         coco_dataset("some_train", str(tmp_path / "b.json"), str(tmp_path))
+
+
+def turned(path, orientation: int, size=(20, 12), red=(0, 0)) -> None:
+    """An image with one red pixel, stored in the (width, height), whose EXIF data turn it."""
+    image = Image.new("RGB", size)
+    image.putpixel(red, (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(path, exif=exif)
+
+
+def test_turned_images_fit_their_records(tmp_path):
+    """Boxes were drawn either on what viewers show or on what is stored; sizes tell."""
+    path = tmp_path / "phone.png"
+    turned(path, 6)
+    source = {"file_name": str(path), "image_id": 1}
+    upright = PLAIN(source | {"height": 20, "width": 12})
+    assert upright["image"].shape == (3, 20, 12) and upright["image"][0, 0, 11] == 255
+    stored = PLAIN(source | {"height": 12, "width": 20})
+    assert stored["image"].shape == (3, 12, 20) and stored["image"][0, 0, 0] == 255
+    unsaid = PLAIN(source)
+    assert torch.equal(unsaid["image"], upright["image"])
+    assert (unsaid["height"], unsaid["width"]) == (20, 12)
+    with pytest.raises(
+        ValueError, match="phone.png: the image is 12 x 20, its record says 12 x 12"
+    ):
+        PLAIN(source | {"height": 12, "width": 12})
+
+
+@given(orientation=st.integers(0, 9), suffix=st.sampled_from(["png", "jpg", "tif"]))
+def test_images_are_upright_as_pillow_says(tmp_path_factory, orientation, suffix):
+    path = tmp_path_factory.mktemp("turned") / f"image.{suffix}"
+    turned(path, orientation)
+    with Image.open(path) as image:
+        image.load()
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    np.testing.assert_array_equal(read_image(path), expected)
+
+
+GREY = np.linspace(0, 65535, 240).reshape(12, 20)
+
+
+@pytest.mark.parametrize("name, dtype", [("a.png", "u2"), ("a.tif", "u2"), ("b.tif", "i4")])
+def test_sixteen_bits_become_eight(tmp_path, name, dtype):
+    Image.fromarray(GREY.astype(dtype)).save(tmp_path / name)
+    image = read_image(tmp_path / name)
+    assert image.dtype == np.uint8 and image.shape == (12, 20, 3)
+    np.testing.assert_allclose(image[..., 0] * 257.0, GREY, atol=257)
+
+
+@pytest.mark.parametrize(
+    "name, pixels",
+    [("float.tif", GREY.astype("f4")), ("twelve.png", (GREY / 16).astype("u2")),
+     ("large.tif", GREY.astype("i4") * 9), ("signed.tif", -GREY.astype("i4"))],
+)  # fmt: skip
+def test_pixels_without_a_known_white_are_named(tmp_path, name, pixels):
+    Image.fromarray(pixels).save(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}: pixels are .* convert the image to 8 bits"):
+        read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bbox": [50, 10, 10, 40]}, r"box \[50.0, 10.0, 10.0, 40.0\] is not x1 <= x2"),
+        ({"bbox": [10, 40, 50, 10]}, "is not x1 <= x2, y1 <= y2"),
+        ({"bbox": [10, 10, -5, 5], "bbox_mode": BoxMode.XYWH_ABS}, "is not x1 <= x2"),
+        ({"bbox": [float("nan"), 10, 50, 40]}, "is not x1 <= x2"),
+        ({"bbox": [10, 10, float("inf"), 40]}, "is not x1 <= x2"),
+        ({"bbox": [10, 10, 50]}, "4"),
+        ({"category_id": -1}, "class -1 is below 0"),
+        ({"category_id": None}, "TypeError"),
+    ],
+)
+@pytest.mark.parametrize("is_train", [True, False])
+def test_wrong_annotations_name_the_image(tmp_path, change, message, is_train):
+    source = dataset_dict(tmp_path, [(10, 10, 50, 40)])
+    source["annotations"][0] |= change
+    with pytest.raises(ValueError, match=f"image.png: wrong annotations: .*{message}"):
+        DETRMapper(is_train=is_train, augmentations=[T.RandomFlip()])(source)
+
+
+def broken(folder, name: str) -> dict:
+    (folder / name).write_text("no image")
+    return {"file_name": str(folder / name), "image_id": 8, "height": 120, "width": 160}
+
+
+def test_unreadable_images_are_skipped_if_asked(tmp_path, caplog):
+    good, bad = dataset_dict(tmp_path, [(10, 10, 50, 40)]), broken(tmp_path, "bad.png")
+    missing = bad | {"file_name": str(tmp_path / "missing.png")}
+    with pytest.raises(ValueError, match="bad.png"):
+        PLAIN(bad)
+    mapper = DETRMapper(is_train=True, augmentations=[], skip_unreadable=True)
+    first = mapper(bad)
+    assert first["image"].max() == 0 and len(first["instances"]) == 0
+    expected = mapper(good)
+    for skipped in (bad, missing):
+        found = mapper(skipped)
+        assert torch.equal(found["image"], expected["image"]) and len(found["instances"]) == 1
+    messages = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert ["skipped 1 unr", "skipped 2 unr", "skipped 3 unr"] == [m[:13] for m in messages]
+    assert "bad.png" in messages[1] and "missing.png" in messages[2]
+    # What a file says wrongly is no damage.
+    with pytest.raises(ValueError, match="its record says 5 x 5"):
+        mapper(good | {"height": 5, "width": 5})
+
+    nothing = DETRMapper(is_train=True, augmentations=[], skip_unreadable=True)
+    with pytest.raises(ValueError, match="bad.png"):
+        for _ in range(20):
+            nothing(bad)
+    with pytest.raises(ValueError, match="skip_unreadable=True"):
+        DETRMapper(is_train=False, augmentations=[], skip_unreadable=True)
+
+
+def test_unreadable_images_do_not_end_detectron2s_loader(tmp_path):
+    good = dataset_dict(tmp_path, [(10, 10, 50, 40)]) | {"height": 120, "width": 160}
+    loader = build_detection_train_loader(
+        Mosaic([broken(tmp_path, "a.png"), good, broken(tmp_path, "b.png")], end=9, prob=0.3),
+        mapper=DETRMapper(is_train=True, augmentations=[T.Resize((64, 64))], skip_unreadable=True),
+        total_batch_size=2,
+        num_workers=1,
+    )
+    images = [x["image"] for batch in itertools.islice(loader, 6) for x in batch]
+    assert all(image.shape == (3, 64, 64) for image in images)
+    assert any(image.max() > 0 for image in images)
