@@ -17,7 +17,6 @@ Split files are ``split_datas/<name>-split-data.json``, as in the official repos
 read before a data set is used. Each is also registered with ten classes as ``..._10cls``.
 """
 
-import json
 import logging
 import math
 import os
@@ -29,7 +28,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
-from .images import DataError, image_size
+from .reading import DataError, image_size, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -75,19 +74,6 @@ SIDES = {
     ),
 }
 SPLITS = ("train", "val", "test")
-
-
-def read_json(path: Path, kind: type) -> list | dict:
-    """Parse a JSON file whose top level must be ``kind``."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise DataError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(content, kind):
-        raise DataError(f"{path}: expected a {kind.__name__}, found {type(content).__name__}")
-    return content
 
 
 def number(entry: dict, key: str, where: str) -> float:

@@ -10,7 +10,7 @@ import torch
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 
-from .images import DataError, UnreadableImage, read_image
+from .reading import DataError, UnreadableImage, read_image
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
@@ -194,6 +194,7 @@ def test_converted_images(tree):
     assert all(d["file_name"].endswith(".png") for d in tree.load())
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(1, 3), unique=True, min_size=1), st.integers(1, 9), st.booleans())
 def test_ids_of_splits_are_numbers_however_written(tmp_path_factory, numbers, width, as_text):
     tree = Tree(tmp_path_factory.mktemp("tree") / "side")

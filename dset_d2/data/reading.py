@@ -1,5 +1,6 @@
-"""Image files: reading them upright and in eight bits, and what their headers say."""
+"""Files of data sets: errors that name them, JSON, and images upright and in eight bits."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,19 @@ class DataError(ValueError):
 
 class UnreadableImage(DataError):
     """A file is damaged, or no image."""
+
+
+def read_json(path: str | Path, kind: type) -> list | dict:
+    """Parse a JSON file whose top level must be ``kind``."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise DataError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(content, kind):
+        raise DataError(f"{path}: expected a {kind.__name__}, found {type(content).__name__}")
+    return content
 
 
 def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
