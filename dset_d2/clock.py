@@ -1,6 +1,7 @@
 """The count of training steps, and values that change over it."""
 
 import pickle
+from multiprocessing.context import get_spawning_popen
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.sharedctypes import RawValue
 from weakref import WeakKeyDictionary, ref
@@ -34,11 +35,12 @@ class SharedStep:
     """A step number that data-loading workers, forked or spawned, share with the trainer.
 
     They run in other processes, where no trainer and no model exist. What they see may lag by the
-    batches that wait in the queue.
+    batches that wait in the queue. Each process has one, :data:`shared_step`: copies of it, and
+    what is unpickled, are that one.
     """
 
-    def __init__(self, memory=None) -> None:
-        self.memory = RawValue("q", 0) if memory is None else memory
+    def __init__(self) -> None:
+        self.memory = RawValue("q", 0)
 
     @property
     def value(self) -> int:
@@ -49,12 +51,16 @@ class SharedStep:
         self.memory.value = step
 
     def __reduce__(self):
+        if get_spawning_popen() is None:  # memory can be handed to a process that starts, only
+            return "shared_step"
         # Detectron2 pickles mappers by cloudpickle, which cannot share memory; this can.
         return _attach, (bytes(ForkingPickler.dumps(self.memory)),)
 
 
 def _attach(memory: bytes) -> SharedStep:
-    return SharedStep(pickle.loads(memory))
+    """Let the process that has just started follow the one that started it."""
+    shared_step.memory = pickle.loads(memory)
+    return shared_step
 
 
 shared_step = SharedStep()

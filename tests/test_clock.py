@@ -1,11 +1,14 @@
 """Steps of training are steps of an optimizer, whatever loop makes them."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 
 from dset_d2.clock import ramp, shared_step
+from dset_d2.data.augmentation import RandomZoomOut, UntilStep
+from dset_d2.data.mosaic import Mosaic
 from dset_d2.engine.ema import ModelEMA
 from dset_d2.engine.optimizer import build_adamw, parameter_groups
 
@@ -74,3 +77,14 @@ def test_copies_and_averages_keep_the_count():
     losses(after).backward()
     plain(after).step()
     assert (model.clock.step, after.clock.step) == (1, 2)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_of_what_follows_the_step_follow_it(copied, monkeypatch):
+    follower = UntilStep(RandomZoomOut(prob=1.0), end=5)
+    dataset = Mosaic([{"file_name": "a"}] * 4, end=5, prob=1.0)
+    follower, dataset = copied(follower), copied(dataset)
+    assert follower.step is dataset.step is shared_step
+    assert "composition" in dataset[0]
+    monkeypatch.setattr(shared_step, "value", 5)
+    assert "composition" not in dataset[0]

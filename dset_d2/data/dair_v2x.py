@@ -17,17 +17,18 @@ Split files are ``split_datas/<name>-split-data.json``, as in the official repos
 read before a data set is used. Each is also registered with ten classes as ``..._10cls``.
 """
 
-import json
 import logging
 import math
 import os
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
-from PIL import Image
+
+from .reading import DataError, image_size, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -73,23 +74,6 @@ SIDES = {
     ),
 }
 SPLITS = ("train", "val", "test")
-
-
-class DataError(ValueError):
-    """A data set's file is missing or wrong; the message names the file and the entry."""
-
-
-def read_json(path: Path, kind: type) -> list | dict:
-    """Parse a JSON file whose top level must be ``kind``."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(content, kind):
-        raise DataError(f"{path}: expected a {kind.__name__}, found {type(content).__name__}")
-    return content
 
 
 def number(entry: dict, key: str, where: str) -> float:
@@ -180,7 +164,7 @@ def clip_box(entry: dict, size: tuple[int, int], where: str, counts: Counter) ->
 
 
 def read_split(path: Path, keys: tuple[str, ...], split: str) -> set[str]:
-    """Image ids of a split; cooperative files nest one split per side."""
+    """Image numbers of a split, unpadded; cooperative files nest one split per side."""
     content = read_json(path, dict)
     for key in (*keys, split):
         if not isinstance(content, dict) or key not in content:
@@ -188,32 +172,87 @@ def read_split(path: Path, keys: tuple[str, ...], split: str) -> set[str]:
         content = content[key]
     if not isinstance(content, list):
         raise DataError(f"{path}: {split!r} is not a list")
-    return {str(stem) for stem in content}
+    return {unpadded(stem) for stem in content}
+
+
+def unpadded(stem: str | int) -> str:
+    """What 17, "17" and "000017" have in common."""
+    return str(stem).lstrip("0") or "0"
+
+
+def wanted_entries(info: Path, wanted: set[str]) -> Iterator[tuple[str, dict]]:
+    """The entries of a split's images, each once, after what names them in messages."""
+    seen = {}
+    for index, entry in enumerate(read_json(info, list)):
+        where = f"{info}: entry {index}"
+        relative = path_in(entry, "image_path", where) if isinstance(entry, dict) else ""
+        if not relative:
+            raise DataError(f"{where}: no 'image_path'")
+        stem = Path(relative).stem
+        number = unpadded(stem)
+        if number not in wanted:
+            continue
+        if not stem.isdecimal():
+            raise DataError(f"{where}: image name {stem!r} is not a number")
+        if number not in seen:
+            seen[number] = relative
+            yield where, entry
+        elif seen[number] != relative:
+            raise DataError(f"{where}: {relative} has the number of {seen[number]}")
+
+
+def path_in(entry: dict, key: str, where: str) -> str:
+    """A path that an entry gives relative to its side; "" if it has none."""
+    path = entry.get(key) or ""
+    if not isinstance(path, str):
+        raise DataError(f"{where}: {key!r} is {path!r}, not a path")
+    if os.path.isabs(path) or Path(os.path.normpath(path)).parts[:1] == (os.pardir,):
+        raise DataError(f"{where}: {key!r} is {path!r}, which leaves the side's folder")
+    return path
 
 
 def label_paths(root: Path, entry: dict, stem: str, where: str) -> list[Path]:
     """Where the camera labels may be; the official code and its README name the key differently."""
-    paths = []
-    for key in ("label_camera_std_path", "label_camera_path"):
-        if not isinstance(entry.get(key) or "", str):
-            raise DataError(f"{where}: {key!r} is {entry[key]!r}, not a path")
-        if entry.get(key):
-            paths.append(root / entry[key])
-    return [*paths, root / "label" / "camera" / f"{stem}.json"]
+    named = [path_in(entry, key, where) for key in ("label_camera_std_path", "label_camera_path")]
+    return [root / path for path in (*named, f"label/camera/{stem}.json") if path]
+
+
+def side_folders(root: Path) -> list[Path]:
+    """Where a side may be: many unpack an archive into one more folder of its name."""
+    top = root.parent
+    return [root, root / root.name, top / top.name / root.name]
+
+
+def unpacked_side(root: Path) -> Path | None:
+    return next((f for f in side_folders(root) if (f / "data_info.json").is_file()), None)
+
+
+def no_side(roots: list[Path]) -> DataError:
+    places = ", ".join(str(folder) for root in roots for folder in side_folders(root))
+    return DataError(
+        f"no data_info.json in any of {places}; set DETECTRON2_DATASETS to where dair-v2x is"
+    )
 
 
 def image_roots(root: Path) -> list[Path]:
-    """Folders that ``image/...`` may be relative to: some zips unpack beside their side."""
+    """Folders that ``image/...`` may be relative to: some zips unpack beside or in their side."""
+    sides = side_folders(root)
     names = (f"{root.name}-image", f"{root.parent.name}-{root.name}-image")
-    return [root] + [folder / name for folder in root.parents[:2] for name in names]
+    beside = [folder / name for folder in (*sides, *root.parents[:2]) for name in names]
+    return sides + beside + [folder / folder.name for folder in beside]
 
 
 def find_image(roots: list[Path], relative: str) -> Path | None:
-    """The image in one of the roots, as the entry has it or, in a sibling folder, flat."""
+    """The image in one of the roots, as the entry has it or, in a sibling folder, flat.
+
+    The suffix may be another: some convert the images, and not the entries.
+    """
     for root in roots:
-        for path in (root / relative, root / Path(relative).name):
-            if path.is_file():
-                return path
+        for name in (relative, Path(relative).name):
+            for suffix in (Path(relative).suffix, ".jpg", ".png"):
+                path = (root / name).with_suffix(suffix)
+                if path.is_file():
+                    return path
     return None
 
 
@@ -242,29 +281,24 @@ def load_dair_v2x(
         DataError: on a missing or malformed file, naming the file and the entry.
     """
     root, split_file = Path(root), Path(split_file)
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; set DETECTRON2_DATASETS to where dair-v2x is")
+    side = unpacked_side(root)
+    if side is None:
+        raise no_side([root])
     wanted = read_split(split_file, split_keys, split)
-    roots = [Path(image_root)] if image_root else image_roots(root)
-    counts = Counter()
+    places = [Path(image_root)] if image_root else image_roots(root)
+    roots = [place for place in places if place.is_dir()]
+    counts = Counter({"missing images": len(wanted)})
     absent = ""
     dataset = []
-    info = root / "data_info.json"
-    for index, entry in enumerate(read_json(info, list)):
-        where = f"{info}: entry {index}"
-        if not isinstance(entry, dict) or not isinstance(entry.get("image_path"), str):
-            raise DataError(f"{where}: no 'image_path'")
-        stem = Path(entry["image_path"]).stem
-        if stem not in wanted:
-            continue
-        wanted.remove(stem)
-        if not stem.isdecimal():
-            raise DataError(f"{where}: image name {stem!r} is not a number")
-        image = find_image(roots, entry["image_path"])
+    for where, entry in wanted_entries(side / "data_info.json", wanted):
+        relative = entry["image_path"]
+        stem = Path(relative).stem
+        image = find_image(roots, relative)
         if image is None:
-            counts["missing images"] += 1
+            absent = absent or f"; no {relative} in any of {', '.join(map(str, places))}"
             continue
-        paths = label_paths(root, entry, stem, where)
+        counts["missing images"] -= 1
+        paths = label_paths(side, entry, stem, where)
         labels = next((path for path in paths if path.is_file()), None)
         if labels is None and split != "test":
             counts["missing labels"] += 1
@@ -281,7 +315,6 @@ def load_dair_v2x(
                 "annotations": annotations,
             }
         )
-    counts["missing images"] += len(wanted)
     summary = ", ".join(f"{value} {key}" for key, value in sorted(counts.items()) if value)
     unusual = {key for key, value in counts.items() if value} - {"ignored"}
     log = logger.warning if unusual else logger.info
@@ -321,19 +354,14 @@ def to_coco(dataset: list[dict], classes: tuple[str, ...], root: str | Path) -> 
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) from the file's header."""
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except OSError as error:
-        raise DataError(f"{path}: cannot read this image: {error}") from None
-
-
 def load_registered(side: str, split: str, classes: tuple[str, ...]) -> list[dict]:
     """Load by the official layout, from where ``$DETECTRON2_DATASETS`` points now."""
-    base = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser() / "dair-v2x"
+    home = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+    bases = [home / "dair-v2x", home]  # many set it to dair-v2x itself
     folder, split_name, keys = SIDES[side]
+    base = next((base for base in bases if unpacked_side(base / folder)), None)
+    if base is None:
+        raise no_side([base / folder for base in bases])
     split_file = base / "split_datas" / f"{split_name}-split-data.json"
     return load_dair_v2x(base / folder, split_file, split, keys, classes)
 

@@ -165,15 +165,16 @@ class MetaArch(nn.Module):
     def target(self, inputs: dict) -> dict[str, Tensor]:
         """Ground truth of one image: labels (n,), boxes (n, 4) cx, cy, w, h in [0, 1]."""
         instances = inputs["instances"]
-        labels = instances.gt_classes
-        # Labels come from the loader on the CPU: looking at them makes no GPU wait.
-        if len(labels) and int(labels.max()) >= self.num_classes:
-            raise ValueError(
-                f"{inputs.get('file_name', 'an image')}: class {int(labels.max())} is beyond "
-                f"num_classes={self.num_classes}"
-            )
+        labels, boxes = instances.gt_classes, instances.gt_boxes.tensor
+        # They come from the loader on the CPU: looking at them makes no GPU wait.
+        wrong = labels[(labels < 0) | (labels >= self.num_classes)].tolist()
+        wrong = [f"class {label} is beyond num_classes={self.num_classes}" for label in wrong]
+        ordered = boxes.isfinite().all(1) & (boxes[:, 2:] >= boxes[:, :2]).all(1)
+        wrong += [f"box {box} is not x1 <= x2, y1 <= y2" for box in boxes[~ordered].tolist()]
+        if wrong:
+            raise ValueError(f"{inputs.get('file_name', 'an image')}: {wrong[0]}")
         height, width = instances.image_size
-        boxes = box_convert(instances.gt_boxes.tensor, "xyxy", "cxcywh")
+        boxes = box_convert(boxes, "xyxy", "cxcywh")
         boxes = boxes / boxes.new_tensor([width, height, width, height])
         return {
             "labels": labels.to(self.device, non_blocking=True),

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
@@ -160,16 +160,76 @@ def test_labels_are_where_any_of_the_keys_says(tree):
         tree.load()
 
 
-@pytest.mark.parametrize("folder", ["side-image", "up-side-image"])
-def test_images_in_sibling_folders(tmp_path, folder):
+@pytest.mark.parametrize(
+    "folder",
+    ["side-image", "up-side-image", "side/side-image", "side/up-side-image"]
+    + ["side-image/side-image", "side/side-image/side-image", "side-image/image"],
+)
+def test_images_in_folders_of_their_own(tmp_path, folder):
     tree = Tree(tmp_path / "up" / "side")
-    sibling = tree.root.parent / folder
-    (tree.root / "image").rename(sibling)
+    place = tree.root.parent / folder
+    place.parent.mkdir(exist_ok=True)
+    (tree.root / "image").rename(place)
     assert len(tree.load()) == 3
-    sibling.rename(tmp_path / "elsewhere")
-    with pytest.raises(DataError, match="3 missing images"):
+    place.rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="3 missing images; no image/000003.jpg in any of") as error:
         tree.load()
+    assert all(str(tree.root / name) in str(error.value) for name in ("", "side-image", "side"))
+    assert str(tmp_path / "up/side-image") in str(error.value)
     assert len(tree.load(image_root=tmp_path / "elsewhere")) == 3
+
+
+@pytest.mark.parametrize("doubled", ["up/side/side", "up/up/side"])
+def test_doubled_folders(tmp_path, doubled):
+    tree = Tree(tmp_path / doubled)
+    tree.root = tmp_path / "up/side"
+    assert len(tree.load()) == 3
+    (tmp_path / doubled / "image").rename(tmp_path / doubled / "side-image")
+    assert len(tree.load()) == 3
+
+
+def test_converted_images(tree):
+    for path in (tree.root / "image").iterdir():
+        path.rename(path.with_suffix(".png"))
+    assert all(d["file_name"].endswith(".png") for d in tree.load())
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(1, 3), unique=True, min_size=1), st.integers(1, 9), st.booleans())
+def test_ids_of_splits_are_numbers_however_written(tmp_path_factory, numbers, width, as_text):
+    tree = Tree(tmp_path_factory.mktemp("tree") / "side")
+    ids = [str(number).zfill(width) if as_text else number for number in numbers]
+    tree.split_file.write_text(json.dumps({"train": ids}))
+    assert sorted(d["image_id"] for d in tree.load()) == sorted(numbers)
+
+
+def test_names_of_one_number_are_an_error(tree):
+    tree.info.append({"image_path": "image/1.jpg"})
+    tree.write_info()
+    with pytest.raises(DataError, match="entry 4: image/1.jpg has the number of image/000001.jpg"):
+        tree.load()
+    tree.info[-1] = tree.info[1]
+    tree.write_info()
+    assert len(tree.load()) == 3  # said twice
+
+
+@pytest.mark.parametrize("path", ["../secret", "label/../../secret", "/secret"])
+@pytest.mark.parametrize("key", ["label_camera_std_path", "label_camera_path", "image_path"])
+def test_paths_stay_in_their_side(tree, key, path):
+    tree.info[1][key] = f"{path}/000001.jpg"
+    tree.write_info()
+    with pytest.raises(DataError, match=f"data_info.json: entry 1: '{key}' is .* leaves the side"):
+        tree.load()
+    tree.info[1][key] = "image/../image/000001.jpg" if key == "image_path" else "image/../x.json"
+    tree.write_info()
+    assert len(tree.load()) == 3
+
+
+@pytest.mark.parametrize("name", ["data_info.json", "label/camera/000002.json"])
+def test_deep_files_are_named(tree, name):
+    (tree.root / name).write_text("[" * 100_000)
+    with pytest.raises(DataError, match=f"{name}: not readable as JSON"):
+        tree.load()
 
 
 def test_empty_frames_stay(tree):
@@ -198,7 +258,9 @@ def test_bad_labels_name_file_and_entry(tree, entries, message):
 
 
 def test_bad_files_are_named(tree):
-    with pytest.raises(DataError, match="no such folder; set DETECTRON2_DATASETS"):
+    with pytest.raises(
+        DataError, match="no data_info.json in any of .*nowhere.*; set DETECTRON2_DATASETS"
+    ):
         load_dair_v2x(tree.root / "nowhere", tree.split_file, "train")
     with pytest.raises(DataError, match="absent.json: no such file"):
         load_dair_v2x(tree.root, tree.root / "absent.json", "train")
@@ -253,6 +315,11 @@ def test_registered_data_sets_follow_the_environment(tmp_path, monkeypatch):
         for name in ("i_train", "i_val", "v_train", "c_i_train", "c_v_train", "i_train_10cls")
     }
     assert list(sizes.values()) == [2, 1, 2, 1, 2, 2]
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(base))
+    assert len(DatasetCatalog.get("dair_v2x_c_i_train")) == 1
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "absent"))
+    with pytest.raises(DataError, match="absent/dair-v2x/single.*absent/single.*; set DETEC"):
+        DatasetCatalog.get("dair_v2x_i_train")
     assert MetadataCatalog.get("dair_v2x_v_val").thing_classes == list(CLASSES_8)
     assert MetadataCatalog.get("dair_v2x_v_val_10cls").thing_classes == list(CLASSES_10)
 
@@ -289,7 +356,7 @@ def test_conversion_reports_errors(tree, tmp_path, capsys):
     arguments = ["--root", "nowhere", "--split-file", "x", "--split", "val", "--output", "y"]
     with pytest.raises(SystemExit) as stop:
         dair_v2x_to_coco.main(arguments)
-    assert stop.value.code == 2 and "nowhere: no such folder" in capsys.readouterr().err
+    assert stop.value.code == 2 and "no data_info.json in any of nowhere" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not SPLITS.is_dir(), reason="the official split files are not here")

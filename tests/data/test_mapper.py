@@ -1,6 +1,5 @@
-import io
+import itertools
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +16,12 @@ from dset_d2.data.augmentation import (
     RandomZoomOut,
     UntilStep,
 )
-from dset_d2.data.coco import coco_dataset
-from dset_d2.data.mapper import DETRMapper, read_image
+from dset_d2.data.mapper import DETRMapper
+from dset_d2.data.mosaic import Mosaic
 
-FRAME = Path(__file__).parents[3] / "shared" / "data" / "rope3d_frame" / "frame.jpg"
+from .test_reading import turned
+
+PLAIN = DETRMapper(is_train=True, augmentations=[])
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
 
 
@@ -143,31 +144,6 @@ def test_images_without_annotations(tmp_path):
     assert "instances" not in DETRMapper(is_train=False, augmentations=[])(source)
 
 
-def test_bytes_decide_not_the_suffix(tmp_path):
-    image = np.random.default_rng(0).integers(0, 255, (9, 7, 3), dtype=np.uint8)
-    path = tmp_path / "frame.jpg"
-    with open(path, "wb") as file:
-        Image.fromarray(image).save(file, format="PNG")
-    np.testing.assert_array_equal(read_image(str(path)), image)
-
-
-@pytest.mark.skipif(not FRAME.is_file(), reason="the genuine frame is not here")
-def test_genuine_frame_with_a_wrong_suffix():
-    assert read_image(str(FRAME)).shape == (1080, 1920, 3)
-
-
-def test_broken_images_are_named(tmp_path):
-    stream = io.BytesIO()
-    Image.new("RGB", (64, 64), "red").save(stream, format="JPEG")
-    (tmp_path / "half.jpg").write_bytes(stream.getvalue()[:400])
-    (tmp_path / "text.jpg").write_text("no image")
-    for name in ("half.jpg", "text.jpg"):
-        with pytest.raises(ValueError, match=f"{name}: cannot read this image"):
-            read_image(str(tmp_path / name))
-    with pytest.raises(FileNotFoundError, match="absent.jpg"):
-        read_image(str(tmp_path / "absent.jpg"))
-
-
 def test_wrong_size_in_the_dict_is_an_error(tmp_path):
     source = dataset_dict(tmp_path, []) | {"height": 5, "width": 5}
     with pytest.raises(Exception, match="image.png"):
@@ -179,14 +155,85 @@ def test_mapper_can_travel_to_a_worker():
     assert pickle.loads(pickle.dumps(mapper)).min_box_size == 1.0
 
 
-def test_coco_dataset_names_stand_for_one_file(tmp_path):
-    with pytest.raises(ValueError, match="'unset_train': set json_file and image_root"):
-        coco_dataset("unset_train", "", "")
-    (tmp_path / "a.json").write_text(
-        '{"images": [{"id": 1, "file_name": "x.jpg", "height": 4, "width": 5}],'
-        ' "annotations": [], "categories": [{"id": 3, "name": "car"}]}'
+def test_turned_images_fit_their_records(tmp_path):
+    """Boxes were drawn either on what viewers show or on what is stored; sizes tell."""
+    path = tmp_path / "phone.png"
+    turned(path, 6)
+    source = {"file_name": str(path), "image_id": 1}
+    upright = PLAIN(source | {"height": 20, "width": 12})
+    assert upright["image"].shape == (3, 20, 12) and upright["image"][0, 0, 11] == 255
+    stored = PLAIN(source | {"height": 12, "width": 20})
+    assert stored["image"].shape == (3, 12, 20) and stored["image"][0, 0, 0] == 255
+    unsaid = PLAIN(source)
+    assert torch.equal(unsaid["image"], upright["image"])
+    assert (unsaid["height"], unsaid["width"]) == (20, 12)
+    with pytest.raises(
+        ValueError, match="phone.png: the image is 12 x 20, its record says 12 x 12"
+    ):
+        PLAIN(source | {"height": 12, "width": 12})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bbox": [50, 10, 10, 40]}, r"box \[50.0, 10.0, 10.0, 40.0\] is not x1 <= x2"),
+        ({"bbox": [10, 40, 50, 10]}, "is not x1 <= x2, y1 <= y2"),
+        ({"bbox": [10, 10, -5, 5], "bbox_mode": BoxMode.XYWH_ABS}, "is not x1 <= x2"),
+        ({"bbox": [float("nan"), 10, 50, 40]}, "is not x1 <= x2"),
+        ({"bbox": [10, 10, float("inf"), 40]}, "is not x1 <= x2"),
+        ({"bbox": [10, 10, 50]}, "4"),
+        ({"category_id": -1}, "class -1 is below 0"),
+        ({"category_id": None}, "TypeError"),
+    ],
+)
+@pytest.mark.parametrize("is_train", [True, False])
+def test_wrong_annotations_name_the_image(tmp_path, change, message, is_train):
+    source = dataset_dict(tmp_path, [(10, 10, 50, 40)])
+    source["annotations"][0] |= change
+    with pytest.raises(ValueError, match=f"image.png: wrong annotations: .*{message}"):
+        DETRMapper(is_train=is_train, augmentations=[T.RandomFlip()])(source)
+
+
+def broken(folder, name: str) -> dict:
+    (folder / name).write_text("no image")
+    return {"file_name": str(folder / name), "image_id": 8, "height": 120, "width": 160}
+
+
+def test_unreadable_images_are_skipped_if_asked(tmp_path, caplog):
+    good, bad = dataset_dict(tmp_path, [(10, 10, 50, 40)]), broken(tmp_path, "bad.png")
+    missing = bad | {"file_name": str(tmp_path / "missing.png")}
+    with pytest.raises(ValueError, match="bad.png"):
+        PLAIN(bad)
+    mapper = DETRMapper(is_train=True, augmentations=[], skip_unreadable=True)
+    first = mapper(bad)
+    assert first["image"].max() == 0 and len(first["instances"]) == 0
+    expected = mapper(good)
+    for skipped in (bad, missing):
+        found = mapper(skipped)
+        assert torch.equal(found["image"], expected["image"]) and len(found["instances"]) == 1
+    messages = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert ["skipped 1 unr", "skipped 2 unr", "skipped 3 unr"] == [m[:13] for m in messages]
+    assert "bad.png" in messages[1] and "missing.png" in messages[2]
+    # What a file says wrongly is no damage.
+    with pytest.raises(ValueError, match="its record says 5 x 5"):
+        mapper(good | {"height": 5, "width": 5})
+
+    nothing = DETRMapper(is_train=True, augmentations=[], skip_unreadable=True)
+    with pytest.raises(ValueError, match="bad.png"):
+        for _ in range(20):
+            nothing(bad)
+    with pytest.raises(ValueError, match="skip_unreadable=True"):
+        DETRMapper(is_train=False, augmentations=[], skip_unreadable=True)
+
+
+def test_unreadable_images_do_not_end_detectron2s_loader(tmp_path):
+    good = dataset_dict(tmp_path, [(10, 10, 50, 40)]) | {"height": 120, "width": 160}
+    loader = build_detection_train_loader(
+        Mosaic([broken(tmp_path, "a.png"), good, broken(tmp_path, "b.png")], end=9, prob=0.3),
+        mapper=DETRMapper(is_train=True, augmentations=[T.Resize((64, 64))], skip_unreadable=True),
+        total_batch_size=2,
+        num_workers=1,
     )
-    arguments = ("some_train", str(tmp_path / "a.json"), str(tmp_path))
-    assert len(coco_dataset(*arguments)) == len(coco_dataset(*arguments)) == 1
-    with pytest.raises(ValueError, match="some_train' stands for"):
-        coco_dataset("some_train", str(tmp_path / "b.json"), str(tmp_path))
+    images = [x["image"] for batch in itertools.islice(loader, 6) for x in batch]
+    assert all(image.shape == (3, 64, 64) for image in images)
+    assert any(image.max() > 0 for image in images)

@@ -273,7 +273,6 @@ def test_workers(tmp_path, method, num_workers):
 def test_memory_is_common_to_workers():
     """What is pickled for a spawned worker is a handle, however large the data set is."""
     dataset = Mosaic([{"file_name": "x" * 1000} for _ in range(5000)], end=1)
-    dataset.step = None  # can be pickled only while a process starts
     assert len(ForkingPickler.dumps(dataset)) < 5000
     assert Mosaic(dataset.dataset, end=1).dataset is dataset.dataset
 

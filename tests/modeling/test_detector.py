@@ -250,6 +250,20 @@ def test_class_beyond_num_classes_names_the_image(model):
         model.train()(inputs)
 
 
+@pytest.mark.parametrize("box", [(50, 10, 10, 40), (10, 40, 50, 10), (10, 10, torch.nan, 40)])
+def test_what_cannot_be_an_object_names_the_image(model, box):
+    """Its loss would be finite, and far below zero."""
+    inputs = make_inputs([(64, 64)] * 2)
+    inputs[1]["file_name"] = "frame_8.jpg"
+    inputs[1]["instances"].gt_boxes.tensor[1] = torch.tensor(box)
+    with pytest.raises(ValueError, match=r"frame_8.jpg: box \[.*\] is not x1 <= x2, y1 <= y2"):
+        model.train()(inputs)
+    inputs = make_inputs([(64, 64)])
+    inputs[0]["instances"].gt_classes[2] = -1
+    with pytest.raises(ValueError, match="an image: class -1 is beyond num_classes=5"):
+        model.train()(inputs)
+
+
 def test_non_finite_predictions_are_named(model):
     with torch.no_grad():
         model.decoder.dec_bbox_head[0].layers[2].bias.fill_(torch.nan)

@@ -1,0 +1,128 @@
+"""What would end a run, or spoil it, hours after its start is looked for before its first step."""
+
+import difflib
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from .reading import DataError, UnreadableImage, check_header, read_json
+
+logger = logging.getLogger(__name__)
+
+EVALUATED = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")  # by pycocotools
+
+
+def dataset_names(node: Mapping) -> list[str]:
+    """Names of the data sets that a config's ``dataset`` loads, or what is inside of its Mosaic.
+
+    There are none if it loads something else than registered data sets.
+    """
+    while "dataset" in node:
+        node = node["dataset"]
+    names = node.get("names", node.get("name", ()))
+    if "names" in node and not names:
+        raise DataError(f"names={names}: names no data set")
+    return [names] if isinstance(names, str) else list(names)
+
+
+def check_datasets(train: str | Sequence[str], test: str, num_classes: int | None = None) -> None:
+    """Raise a :class:`DataError` if the data sets do not fit together or cannot be evaluated.
+
+    Labels are numbers, so all data sets must have the same categories in the same order.
+
+    Args:
+        train: names of the training data sets.
+        test: name of the one that the evaluator scores.
+        num_classes: of the model.
+    """
+    train = [train] if isinstance(train, str) else list(train)
+    if not isinstance(test, str):
+        raise DataError(f"test data set {test}: an evaluator scores one, named without brackets")
+    classes = categories(test)
+    for name in train:
+        for index, pair in enumerate(zip_longest(categories(name), classes)):
+            if pair[0] != pair[1]:
+                raise DataError(
+                    f"data sets {name!r} and {test!r} must have the same categories in one order; "
+                    f"number {index} is {pair[0]!r} and {pair[1]!r}"
+                )
+    if num_classes not in (None, len(classes)):
+        raise DataError(
+            f"the model's num_classes={num_classes}, but {test!r} has {len(classes)} categories"
+        )
+    metadata = MetadataCatalog.get(test)
+    if metadata.get("evaluator_type") == "coco" and metadata.get("json_file"):
+        check_coco_file(metadata.json_file)
+
+
+def categories(name: str) -> list[str]:
+    """A data set's categories; loads it if these are not known before."""
+    if name not in DatasetCatalog:
+        close = ", ".join(difflib.get_close_matches(name, DatasetCatalog.list(), n=3))
+        raise DataError(
+            f"no data set is named {name!r}" + (f"; close to it: {close}" * bool(close))
+        )
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("thing_classes") is None:
+        DatasetCatalog.get(name)
+    if not metadata.get("thing_classes"):
+        raise DataError(f"data set {name!r} has no categories: its metadata lack thing_classes")
+    return list(metadata.thing_classes)
+
+
+def check_coco_file(path: str) -> None:
+    """Raise a :class:`DataError` if COCO's metrics cannot be computed from an annotation file."""
+    for index, annotation in enumerate(read_json(path, dict).get("annotations", [])):
+        for key in EVALUATED:
+            if key not in annotation:
+                raise DataError(f"{path}: annotation {index} has no {key!r}, needed in evaluation")
+        if annotation["id"] == 0:
+            raise DataError(f"{path}: annotation {index} has id 0, which evaluation takes for none")
+
+
+def check_images(dataset: Sequence[dict] | Dataset, skip_unreadable: bool = False) -> int:
+    """Look at the headers of all image files, and log how many there are.
+
+    Args:
+        dataset: dataset dicts, also inside of Mosaic.
+        skip_unreadable: missing and damaged files are a warning.
+
+    Returns:
+        How many are sound.
+
+    Raises:
+        DataError: says how many are not, and what is wrong with the first ones.
+    """
+    while hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    sizes = {}
+    for dataset_dict in (dataset[index] for index in range(len(dataset))):
+        size = dataset_dict.get("height"), dataset_dict.get("width")
+        sizes[dataset_dict["file_name"]] = None if None in size else size
+    with ThreadPoolExecutor(8) as pool:  # files on a network are waited for
+        results = pool.map(fault, sizes, sizes.values())
+        # The bar comes if it takes more than three seconds, and where somebody can see it.
+        results = tqdm(results, "image files", len(sizes), delay=3, disable=None)
+        faults = [error for error in results if error is not None]
+    some = "; ".join(map(str, faults[:5]))
+    summary = f"{len(faults)} of {len(sizes)} image files are bad: {some}"
+    passed = (FileNotFoundError, UnreadableImage) if skip_unreadable else ()
+    if len(faults) == len(sizes) or not all(isinstance(error, passed) for error in faults):
+        raise DataError(summary)
+    if faults:
+        logger.warning("%s", summary)
+    logger.info("Checked the headers of %d image files", len(sizes))
+    return len(sizes) - len(faults)
+
+
+def fault(path: str, size: tuple[int, int] | None) -> Exception | None:
+    try:
+        check_header(path, size)
+    except (OSError, DataError) as error:
+        return error
+    return None
