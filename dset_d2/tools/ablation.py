@@ -1,8 +1,8 @@
 """Train variants of a small config with equal budget and several seeds, and set them side by side.
 
     python -m dset_d2.tools.ablation --config-file projects/dset/configs/dset_r18_roadside.py \\
-        --variant "dense: model.encoder.moe=null ..." --variant "DSET:" --seeds 0 1 \\
-        --output output/ablation
+        --variant "DSET:" --variant "dense: model.encoder.moe=null model.decoder.moe=null" \\
+        --seeds 0 1 --output output/ablation
 
 A variant is a name, a colon and the overrides that make it; a first word that ends in .py is its
 config instead of --config-file. The first variant is what GMACs and latencies are relative to.
