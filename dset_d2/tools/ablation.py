@@ -1,20 +1,22 @@
 """Train variants of a small config with equal budget and several seeds, and set them side by side.
 
     python -m dset_d2.tools.ablation --config-file projects/dset/configs/dset_r18_roadside.py \\
-        --variant "dense: model.encoder.moe=null ..." --variant "DSET:" --seeds 0 1 \\
-        --output output/ablation
+        --variant "DSET:" --variant "dense: model.encoder.moe=null model.decoder.moe=null" \\
+        --seeds 0 1 --output output/ablation
 
 A variant is a name, a colon and the overrides that make it; a first word that ends in .py is its
 config instead of --config-file. The first variant is what GMACs and latencies are relative to.
-Writes table.txt, results.json and curves.png; runs that are finished are not repeated.
+Writes table.txt, results.json and curves.png, with what the last evaluation of each run found. Runs
+that have come to it are not repeated, others go on from their last checkpoint.
 """
 
 import argparse
+import functools
 import json
 import math
+import operator
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,6 +59,8 @@ def parse_variant(text: str) -> Variant:
     name, colon, rest = text.partition(":")
     if not colon or not name.strip():
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form 'name: overrides'")
+    if set(name) & set("/\\="):
+        raise argparse.ArgumentTypeError(f"{name!r} names a folder and a curve: no / \\ or = in it")
     words = rest.split()
     config_file = words.pop(0) if words and words[0].endswith(".py") else None
     return Variant(name.strip(), config_file, words)
@@ -88,7 +92,7 @@ def claim(run: Run) -> None:
 def train(run: Run, device: str | None = None) -> None:
     """Run our launcher in a process of its own, or what is left of it."""
     config_file, overrides, folder = run
-    if (folder / "model_final.pth").exists():
+    if final_metrics(folder):
         return
     command = [sys.executable, "-W", "ignore", "-m", "dset_d2.tools.lazyconfig_train_net"]
     command += ["--config-file", config_file, "--resume", *overrides, f"train.output_dir={folder}"]
@@ -97,14 +101,25 @@ def train(run: Run, device: str | None = None) -> None:
         failed = subprocess.run(command, stdout=log, stderr=log).returncode
     if failed:
         raise RuntimeError(f"training failed; {folder / 'stdout.txt'} says why")
+    if not final_metrics(folder):
+        raise RuntimeError(f"no evaluation at the end; {folder / 'stdout.txt'} may say why")
 
 
-def last_metrics(folder: Path) -> dict[str, float]:
-    """The last value of every metric of a run."""
-    latest = {}
-    for row in plot_curves.read_metrics(folder / "metrics.json"):
-        latest |= row
-    return latest
+def final_metrics(folder: Path) -> dict[str, float] | None:
+    """The last value of every metric of a run whose last iteration was evaluated, else None.
+
+    The last checkpoint alone may stand before that evaluation, and a metric before the last
+    checkpoint.
+    """
+    file = folder / "metrics.json"
+    if not file.exists() or not (folder / "model_final.pth").exists():
+        return None
+    # A run that was resumed may have logged an iteration twice: the later attempt counts.
+    rows = sorted(plot_curves.read_metrics(file), key=lambda row: row["iteration"])
+    last = [row for row in rows if row["iteration"] == rows[-1]["iteration"]]
+    if not any("bbox/AP" in row for row in last):
+        return None
+    return functools.reduce(operator.or_, rows)
 
 
 def trained(cfg: DictConfig, folder: Path) -> nn.Module:
@@ -150,6 +165,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_device()
     args = parser.parse_args(argv)
 
+    for option, values in (("--variant", [v.name for v in args.variant]), ("--seeds", args.seeds)):
+        if repeated := sorted({str(x) for x in values if values.count(x) > 1}):
+            parser.error(f"{option}: given more than once: {', '.join(repeated)}")
     variants = [v._replace(config_file=v.config_file or args.config_file) for v in args.variant]
     runs = [
         Run(config_file, [*own, *args.opts, f"train.seed={seed}"], args.output / f"{name}_{seed}")
@@ -170,8 +188,8 @@ def main(argv: list[str] | None = None) -> None:
         model = trained(cfg, folders[0])
         mapper = build(cfg, "dataloader.test.mapper")
         inputs = [[mapper(x)] for x in build(cfg, "dataloader.test.dataset")[:8]]
-        calls[name] = partial(model, inputs[0])
-        metrics = [last_metrics(folder) for folder in folders]
+        calls[name] = functools.partial(model, inputs[0])
+        metrics = [final_metrics(folder) for folder in folders]
         rows.append(
             {
                 "variant": name,

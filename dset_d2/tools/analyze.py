@@ -36,12 +36,15 @@ from .common import (
     UsageError,
     build,
     build_model,
+    check_output,
     describe_device,
     entry_point,
     image_files,
+    image_size,
     load_weights,
     noise_image,
     read_configs,
+    read_images,
     write_json,
 )
 
@@ -73,7 +76,7 @@ SUMMARY_COLUMNS = (
 def find_images(files: list[Path], cfg: DictConfig, count: int) -> tuple[list[dict] | None, str]:
     """Dataset dicts of images, spread evenly over their source, and what they are.
 
-    Returns None for the dicts if there are no real images.
+    Returns None for the dicts if there are no real images; damaged ones are left out.
     """
     if files:
         dataset_dicts = image_files(files)
@@ -86,14 +89,15 @@ def find_images(files: list[Path], cfg: DictConfig, count: int) -> tuple[list[di
         source = "real images, from the first config's test set"
     total = len(dataset_dicts)
     count = min(count, total)
-    return [dataset_dicts[i * total // count] for i in range(count)], f"{count} {source}"
+    chosen = [dataset_dicts[i * total // count] for i in range(count)]
+    usable = [dataset_dict for dataset_dict, _ in read_images(chosen)]
+    return usable, f"{len(usable)} {source}"
 
 
 def make_inputs(cfg: DictConfig, dataset_dicts: list[dict] | None, count: int) -> list[dict]:
     """The detector's inputs by the config's own mapper, or noise of the config's size."""
     if dataset_dicts is None:
-        size = cfg.dataloader.image_size
-        return [{"image": noise_image(*size, seed)} for seed in range(count)]
+        return [{"image": noise_image(*image_size(cfg), seed)} for seed in range(count)]
     mapper = build(cfg, "dataloader.test.mapper")
     return [mapper(x) for x in tqdm(dataset_dicts, desc="reading images", leave=False)]
 
@@ -251,6 +255,9 @@ def parse(argv: list[str] | None) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     paths = args.config_file
+    if args.output:
+        images = [x["file_name"] for x in image_files(args.input)]
+        check_output(args.output, [*paths, *(args.weights or []), *images])
     configs = read_configs(paths, args.opts, args.device)
     cfg = next(iter(configs.values()))
     dataset_dicts, source = find_images(args.input, cfg, args.num_images)

@@ -5,9 +5,10 @@
         --batch-size 1 4 --image-size 640 640 480 800 --rounds 50
 
 Every configuration of batch and size times all configs round by round (A B C A B C ...), and sets
-each against the first one of its round. A time spans the model's whole call, from images that lie
-on the device to detections. Weights are random and images noise, which suits dense models; routing
-and pruning may differ on real images (see dset_d2.tools.analyze).
+each against the first one of its round. Without --image-size each config runs at its own
+dataloader.image_size, as it would be deployed. A time spans the model's whole call, from images
+that lie on the device to detections. Weights are random and images noise, which suits dense models;
+routing and pruning may differ on real images (see dset_d2.tools.analyze).
 """
 
 import itertools
@@ -25,29 +26,38 @@ from ..analysis import measure
 from .common import (
     ConfigToolParser,
     build_model,
+    check_output,
     describe_device,
     entry_point,
+    image_size,
     noise_image,
     read_configs,
     write_json,
 )
 
 WARMUP = 5
+Size = tuple[int, int]  # height, width
 COLUMNS = ("config", "batch", "height x width", "ms", "quartiles", "images/s", "time / first's")
 
 
 def sweep(
-    models: dict[str, nn.Module], device: str, sizes: list[tuple[int, int]], args: Namespace
+    models: dict[str, nn.Module], device: str, sizes: list[dict[str, Size]], args: Namespace
 ) -> list[dict]:
-    """One row per configuration and model; times in seconds."""
+    """One row per configuration and model; times in seconds.
+
+    Args:
+        sizes: each model's (height, width), for one sweep after the other.
+    """
     rows = []
     low_precision = args.dtype == "bfloat16"
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=low_precision)
     grid = list(itertools.product(sizes, args.batch_size))
-    for (height, width), batch_size in tqdm(grid, desc="batches and sizes"):
-        images = [noise_image(height, width, seed).to(device) for seed in range(batch_size)]
-        inputs = [{"image": image} for image in images]
-        calls = {name: partial(model, inputs) for name, model in models.items()}
+    for own, batch_size in tqdm(grid, desc="batches and sizes"):
+        inputs = {
+            size: [{"image": noise_image(*size, seed).to(device)} for seed in range(batch_size)]
+            for size in set(own.values())
+        }
+        calls = {name: partial(model, inputs[own[name]]) for name, model in models.items()}
         with torch.no_grad(), autocast:
             latencies = measure(calls, args.rounds, WARMUP)
         for name, latency in latencies.items():
@@ -55,7 +65,7 @@ def sweep(
                 {
                     "config": name,
                     "batch_size": batch_size,
-                    "image_size": [height, width],
+                    "image_size": list(own[name]),
                     "images_per_second": batch_size / latency.median,
                     **asdict(latency),
                 }
@@ -82,13 +92,26 @@ def table(rows: list[dict]) -> str:
     return tabulate(lines, COLUMNS, disable_numparse=True)
 
 
+def about(sizes: list[dict[str, Size]], given: bool) -> str:
+    """Which sizes these are, and what that means for the comparison."""
+    if given:
+        return "all configs at the sizes of --image-size"
+    if len(set(sizes[0].values())) == 1:
+        return "size: the configs' dataloader.image_size"
+    return (
+        "each config at its own dataloader.image_size, which differ: times compare detectors as "
+        "configured, not networks at one size (--image-size)"
+    )
+
+
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     parser = ConfigToolParser(__doc__, several=True)
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1])
     parser.add_argument(
-        "--image-size", type=int, nargs="+", default=[640, 640], metavar="H W", help="pairs"
-    )
+        "--image-size", type=int, nargs="+", default=[], metavar="H W",
+        help="pairs; default: each config's dataloader.image_size",
+    )  # fmt: skip
     parser.add_device()
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--channels-last", action="store_true")
@@ -102,16 +125,21 @@ def main(argv: list[str] | None = None) -> None:
     if min(*args.batch_size, *args.image_size, args.rounds) < 1:
         parser.error("--batch-size, --image-size and --rounds must be positive")
 
+    if args.output:
+        check_output(args.output, args.config_file)
     configs = read_configs(args.config_file, args.opts, args.device)
     device = next(iter(configs.values())).train.device
     models = {name: build_model(cfg).eval() for name, cfg in configs.items()}
     if args.channels_last:
         models = {name: m.to(memory_format=torch.channels_last) for name, m in models.items()}
-    sizes = list(zip(args.image_size[::2], args.image_size[1::2]))
+    given = list(zip(args.image_size[::2], args.image_size[1::2]))
+    sizes = [dict.fromkeys(configs, size) for size in given]
+    if not given:
+        sizes = [{name: image_size(cfg) for name, cfg in configs.items()}]
     rows = sweep(models, device, sizes, args)
     layout = "channels last" if args.channels_last else "channels first"
     print(f"{describe_device(device)}, {args.dtype}, {layout}, {args.rounds} rounds; ", end="")
-    print("random weights, noise images")
+    print(f"random weights, noise images; {about(sizes, bool(given))}")
     print(table(rows))
     if args.output:
         settings = {

@@ -1,13 +1,14 @@
 """What the tools have in common: their command lines, and loading what these name."""
 
 import argparse
+import difflib
 import functools
 import json
 import re
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
@@ -15,15 +16,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import instantiate
-from omegaconf import DictConfig, OmegaConf
+from detectron2.data import DatasetCatalog
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from ..checkpoint import load_upstream
 from ..config import PACKAGE, apply_overrides, load_config
+from ..data.mapper import read_image
 from ..files import write_atomically
 
 OVERRIDE = re.compile(r"\+?[\w.]+=")
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
+UNREGISTERED = re.compile(r"Dataset '(.*)' is not registered")  # Detectron2's, then all that are
+WEB_PAGE = re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE)
+NAMED = 3  # damaged images that a warning names
 
 
 class UsageError(Exception):
@@ -61,6 +67,8 @@ def in_one_line(error: Exception) -> str:
     text = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, OSError | ValueError):
         return text
+    if unknown := UNREGISTERED.search(text):
+        return f"no data set {unknown[1]!r}{nearest(unknown[1], DatasetCatalog)}"
     if isinstance(error, SyntaxError) and error.__cause__:  # Detectron2's does not say where
         text += f" {error.__cause__}"
     frames = traceback.extract_tb(error.__traceback__)
@@ -68,6 +76,12 @@ def in_one_line(error: Exception) -> str:
     places = [frame for frame in frames if not any(part in frame.filename for part in known)]
     place = f" ({places[-1].filename}, line {places[-1].lineno})" if places else ""
     return f"{type(error).__name__}: {text}{place}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint, for the end of a message, at the known name that is meant; "" if none is close."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; the nearest is {close[0]!r}" if close else ""
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -150,7 +164,40 @@ def build_model(cfg: DictConfig) -> nn.Module:
 def load_weights(model: nn.Module, path: str | Path, whole: bool = False) -> None:
     """:func:`load_upstream` from the file that ``--weights`` names."""
     with usage_errors("--weights"):
+        check_weights(Path(path))
         load_upstream(model, path, whole=whole)
+
+
+def check_weights(path: Path) -> None:
+    """Raise an error that says what to do if a path is no file of weights, but much like one."""
+    if path.is_dir():
+        names = {file.name for file in path.glob("*.pth")}
+        # Of a run's many checkpoints, these are what it was made for.
+        names = sorted(names & {"model_best.pth", "model_final.pth"}) or sorted(names)
+        hint = f"; name one of its files: {', '.join(names)}" if names else " without checkpoints"
+        raise IsADirectoryError(f"{path}: is a folder{hint}")
+    if path.is_file():
+        with open(path, "rb") as file:
+            if WEB_PAGE.match(file.read(64)):
+                raise ValueError(f"{path}: a web page, not weights; download the file itself")
+    elif path.parent.is_dir():
+        names = [file.name for file in path.parent.iterdir() if file.is_file()]
+        if hint := nearest(path.name, names):
+            raise FileNotFoundError(f"{path}: no such checkpoint{hint}")
+
+
+def check_output(output: Path, inputs: Iterable[str | Path]) -> None:
+    """Raise a :class:`UsageError` if a file written as ``output`` would replace what is read.
+
+    Args:
+        inputs: files, and folders of files, that the tool reads.
+    """
+    if output.is_dir():
+        raise UsageError(f"--output {output}: is a folder, not a file to write")
+    place = output.resolve()
+    for path in inputs:
+        if Path(path).resolve() in (place, *place.parents):
+            raise UsageError(f"--output {output}: would replace the input {path}")
 
 
 def image_files(paths: list[Path]) -> list[dict]:
@@ -167,6 +214,39 @@ def image_files(paths: list[Path]) -> list[dict]:
         else:
             raise UsageError(f"{path}: no such file or folder")
     return [{"file_name": str(file)} for file in files]
+
+
+def read_images(dataset_dicts: Iterable[dict]) -> Iterator[tuple[dict, np.ndarray]]:
+    """Dataset dicts with their images, (H, W, 3) RGB uint8.
+
+    Those that cannot be read are left out, and counted and named in one warning.
+
+    Raises:
+        UsageError: if none can be read.
+    """
+    read, damaged = 0, []
+    for dataset_dict in dataset_dicts:
+        try:
+            image = read_image(dataset_dict["file_name"])
+        except (OSError, ValueError) as error:
+            damaged.append(in_one_line(error))
+        else:
+            read += 1
+            yield dataset_dict, image
+    if damaged:
+        named = "; ".join(damaged[:NAMED]) + ("; ..." if len(damaged) > NAMED else "")
+        if not read:
+            raise UsageError(named)
+        count = f"{len(damaged)} of {read + len(damaged)}"
+        print(f"warning: left out {count} images: {named}", file=sys.stderr)
+
+
+def image_size(cfg: DictConfig) -> tuple[int, int]:
+    """(height, width) that the config's images are resized to."""
+    size = OmegaConf.select(cfg, "dataloader.image_size")
+    if not isinstance(size, ListConfig) or [type(side) for side in size] != [int, int]:
+        raise UsageError(f"the config's dataloader.image_size is {size}, not [height, width]")
+    return tuple(size)
 
 
 def noise_image(height: int, width: int, seed: int) -> torch.Tensor:

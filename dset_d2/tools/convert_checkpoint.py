@@ -12,7 +12,14 @@ from pathlib import Path
 import torch
 
 from ..files import write_atomically
-from .common import ConfigToolParser, build, entry_point, load_weights, read_config
+from .common import (
+    ConfigToolParser,
+    build,
+    check_output,
+    entry_point,
+    load_weights,
+    read_config,
+)
 
 
 @entry_point
@@ -21,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--weights", required=True)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args(argv)
+    check_output(args.output, [args.config_file, args.weights])
     model = build(read_config(args.config_file, args.opts), "model")
     load_weights(model, args.weights)
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..data.dair_v2x import CLASSES_8, CLASSES_10, SPLITS, DataError, load_dair_v2x, to_coco
 from ..files import write_atomically
-from .common import ToolParser, UsageError, entry_point
+from .common import ToolParser, UsageError, check_output, entry_point
 
 
 @entry_point
@@ -26,6 +26,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--classes", type=int, choices=(8, 10), default=8)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args(argv)
+    parts = [args.root / "data_info.json", args.root / "label", args.root / "image"]
+    check_output(args.output, [args.split_file, *parts])
     classes = CLASSES_8 if args.classes == 8 else CLASSES_10
     try:
         dataset = load_dair_v2x(

@@ -6,8 +6,11 @@
 draws the first images of the config's test set, ground truth on the left, or those that --input
 names. Beside NAME.png (detections) a sparse model gives NAME_kept_*.png (pruned tokens are dark),
 NAME_expert_*.png (a colour per expert) and experts.png (load and co-activation over all images).
+Names are those of the images, numbered where one would stand for two. The folder of an image that
+is read is no place for pictures.
 """
 
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -19,18 +22,53 @@ from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 from tqdm import tqdm
 
-from ..data.mapper import read_image
+from ..files import write_atomically
 from ..modeling import forward_context
-from ..visualization import mean_statistics, plot_routing, routing_records, sparsity_pictures
+from ..visualization import (
+    mean_statistics,
+    plot_routing,
+    rendered,
+    routing_records,
+    sparsity_pictures,
+)
 from .common import (
     ConfigToolParser,
+    UsageError,
     build,
     build_model,
     entry_point,
     image_files,
     load_weights,
     read_config,
+    read_images,
 )
+
+# What an image's name may not be like, so that no picture of another one has it.
+PICTURE = re.compile(r"_(kept|expert)_|^experts$")
+
+
+def output_names(files: list[Path], folder: Path) -> list[str]:
+    """A name for each image's pictures; none of these stands for two, nor replaces an image.
+
+    Raises:
+        UsageError: if the folder holds one of the images.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output {folder}: is a file, not a folder for pictures")
+    for file in files:
+        if folder.resolve() in (file.parent.resolve(), file.resolve().parent):
+            raise UsageError(f"--output {folder}: holds the input {file}; name another folder")
+    names = [file.stem for file in files]
+    distinct = len({name.casefold() for name in names}) == len(names)
+    if distinct and not any(map(PICTURE.search, names)):
+        return names
+    digits = len(str(len(names)))
+    return [f"{index:0{digits}}_{name}" for index, name in enumerate(names, 1)]
+
+
+def save(picture: np.ndarray, path: Path) -> None:
+    """Write (H, W, 3) uint8 as PNG; a link in the path's place is replaced, not followed."""
+    write_atomically(path, lambda file: Image.fromarray(picture).save(file, format="png"))
 
 
 def draw_detections(image: np.ndarray, instances, metadata, threshold: float) -> np.ndarray:
@@ -59,6 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threshold", type=float, default=0.4, help="least score drawn")
     parser.add_device()
     args = parser.parse_args(argv)
+    if args.num_images < 1:
+        parser.error("--num-images must be positive")
 
     cfg = read_config(args.config_file, args.opts, args.device)
     model = build_model(cfg).eval()
@@ -68,11 +108,12 @@ def main(argv: list[str] | None = None) -> None:
         dataset_dicts = image_files(args.input)
     else:
         dataset_dicts = build(cfg, "dataloader.test.dataset")[: args.num_images]
+    names = output_names([Path(x["file_name"]) for x in dataset_dicts], args.output)
+    dataset_dicts = [x | {"name": name} for x, name in zip(dataset_dicts, names)]
     metadata = MetadataCatalog.get(cfg.dataloader.evaluator.dataset_name)
     args.output.mkdir(parents=True, exist_ok=True)
     routings = defaultdict(list)
-    for dataset_dict in tqdm(dataset_dicts, desc="drawing"):
-        image = read_image(dataset_dict["file_name"])
+    for dataset_dict, image in read_images(tqdm(dataset_dicts, desc="drawing")):
         height, width = image.shape[:2]
         inputs = mapper(dataset_dict) | {"height": height, "width": width}
         with forward_context(record=True) as context:
@@ -81,14 +122,14 @@ def main(argv: list[str] | None = None) -> None:
         if "annotations" in dataset_dict:
             truth = draw_ground_truth(image, dataset_dict["annotations"], metadata)
             drawn = np.concatenate([truth, drawn], axis=1)
-        stem = Path(dataset_dict["file_name"]).stem
-        Image.fromarray(drawn).save(args.output / f"{stem}.png")
-        for name, picture in sparsity_pictures(image, context.records).items():
-            Image.fromarray(picture).save(args.output / f"{stem}_{name}.png")
+        name = dataset_dict["name"]
+        save(drawn, args.output / f"{name}.png")
+        for part, picture in sparsity_pictures(image, context.records).items():
+            save(picture, args.output / f"{name}_{part}.png")
         for place, routing in routing_records(context.records).items():
             routings[place].append(routing)
     if routings:
-        plot_routing(mean_statistics(routings)).savefig(args.output / "experts.png", dpi=120)
+        save(rendered(plot_routing(mean_statistics(routings))), args.output / "experts.png")
     print(f"drawn to {args.output}")
 
 

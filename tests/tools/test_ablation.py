@@ -44,10 +44,18 @@ def test_variants_are_trained_once_and_set_side_by_side(tmp_path, monkeypatch, c
     assert "latency ratio" in capsys.readouterr().out
     assert (tmp_path / "ablation/curves.png").stat().st_size > 0
 
-    weights = tmp_path / "ablation/DSET_0/model_final.pth"
-    before = weights.stat().st_mtime_ns
+    runs = [tmp_path / "ablation/dense_0", tmp_path / "ablation/DSET_0"]
+    before = [(run / "stdout.txt").stat().st_mtime_ns for run in runs]
+    # One of them was killed before its last evaluation; a better one came before that.
+    metrics = runs[1] / "metrics.json"
+    lines = [line for line in metrics.read_text().splitlines() if "bbox/AP" not in line]
+    lines.insert(1, '{"iteration": 0, "bbox/AP": 99.0, "bbox/AP50": 99.0}')
+    metrics.write_text("\n".join(lines) + "\n")
     ablation.main(options)
-    assert weights.stat().st_mtime_ns == before
+    again = json.loads((tmp_path / "ablation/results.json").read_text())
+    assert [row["AP"] for row in again] == [dense["AP"], sparse["AP"]]
+    after = [(run / "stdout.txt").stat().st_mtime_ns for run in runs]
+    assert after[0] == before[0] and after[1] > before[1]
 
     with pytest.raises(SystemExit):  # a longer run would be set beside shorter ones
         ablation.main([*options, "train.max_iter=3"])
@@ -67,7 +75,17 @@ def test_a_run_that_did_not_start_can_be_corrected(tmp_path):
     ablation.claim(run._replace(overrides=["train.max_iter=2"]))
 
 
-def test_a_variant_needs_a_name(capsys):
-    with pytest.raises(SystemExit):
-        ablation.main(["--config-file", DSET, "--variant", "model.x=1", "--output", "x"])
-    assert "not of the form 'name: overrides'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--variant", "model.x=1"], "not of the form 'name: overrides'"),
+        (["--variant", "a/b:"], "'a/b' names a folder"),
+        (["--variant", "a:", "--variant", " a: x=1"], "--variant: given more than once: a"),
+        (["--variant", "a:", "--seeds", "1", "0", "1"], "--seeds: given more than once: 1"),
+    ],
+)
+def test_variants_are_told_apart_before_anything_is_trained(options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        ablation.main(["--config-file", DSET, *options, "--output", str(tmp_path / "out")])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

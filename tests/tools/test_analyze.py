@@ -98,6 +98,18 @@ def test_mean_and_spread_over_real_images(tmp_path, no_data, pictures, capsys):
     assert f"{low} - {high}" in printed and "3 real images" in printed
 
 
+def test_damaged_images_are_left_out_and_named(tmp_path, no_data, pictures, capsys):
+    damaged = pictures / "1.png"
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    report = run(tmp_path, "--input", pictures, "--depth", 1, opts=SMALL)
+    assert report["images"].startswith("2 real images")
+    assert f"left out 1 of 3 images: {damaged}: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--input", damaged, opts=SMALL)
+    error = capsys.readouterr().err
+    assert f"error: {damaged}: " in error and "Traceback" not in error
+
+
 def test_comparison_with_itself(tmp_path, no_data):
     report = run(tmp_path, R18, "--num-images", 1, "--latency-rounds", 3, opts=SMALL)
     first, second = report["results"].values()

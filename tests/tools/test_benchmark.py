@@ -49,9 +49,30 @@ def test_layout_and_precision(tmp_path):
     assert len(report["results"]) == 1
 
 
+def test_configs_run_at_their_own_sizes(tmp_path, capsys):
+    wide = tmp_path / "wide.py"
+    wide.write_text(
+        "import dset_d2\n"
+        f"cfg = dset_d2.get_config({R18!r})\n"
+        "model, train, dataloader = cfg.model, cfg.train, cfg.dataloader\n"
+        "dataloader.image_size = [64, 128]\n"
+    )
+    small = tmp_path / "small.py"
+    small.write_text(wide.read_text().replace("128", "96"))
+    rows = run(tmp_path, str(wide), str(small), "--batch-size", "1", "2")["results"]
+    assert [row["image_size"] for row in rows] == [[64, 128], [64, 96]] * 2
+    printed = capsys.readouterr().out
+    assert "each config at its own dataloader.image_size, which differ" in printed
+    assert "64 x 128" in printed and "64 x 96" in printed
+    (row,) = run(tmp_path, str(wide))["results"]
+    assert row["image_size"] == [64, 128]
+    assert "size: the configs' dataloader.image_size" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        ([R18, "dataloader.image_size=640"], "dataloader.image_size is 640, not [height, width]"),
         ([R18, "--image-size", "64"], "pairs of height and width"),
         ([R18, "--rounds", "0"], "positive"),
     ],

@@ -5,7 +5,9 @@ from importlib import import_module
 
 import pytest
 import torch
+from detectron2.config import instantiate
 
+import dset_d2
 from dset_d2.tools.common import ConfigToolParser
 
 CONFIG = "configs/rtdetr/rtdetrv2_r18_roadside.py"
@@ -111,6 +113,31 @@ def test_weights_that_are_missing_or_do_not_fit_are_named(tool, error_of, tmp_pa
     (tmp_path / "text.pth").write_text("no weights")
     error = error_of(tool, *options, *weights(tool, tmp_path, "text.pth"))
     check(error, ["text.pth: not a checkpoint"])
+
+
+def test_what_is_like_a_checkpoint_is_told_from_it(error_of, tmp_path):
+    """A run's folder, a page that was downloaded in place of the file, a misspelt name."""
+    run = tmp_path / "run"
+    run.mkdir()
+    options = ["--config-file", CONFIG, "--output", "out", "--weights"]
+    check(error_of("convert_checkpoint", *options, str(run)), [f"{run}: is a folder without"])
+    for name in ("model_0000009.pth", "model_final.pth", "model_best.pth"):
+        (run / name).write_text("\n<!DOCTYPE html><title>Not found</title>")
+    error = error_of("convert_checkpoint", *options, str(run))
+    check(error, [f"{run}: is a folder; name one of its files: model_best.pth, model_final.pth"])
+    error = error_of("convert_checkpoint", *options, str(run / "model_best.pth"))
+    check(error, [f"{run}/model_best.pth: a web page, not weights"])
+    error = error_of("convert_checkpoint", *options, str(run / "model_bset.pth"))
+    check(error, ["model_bset.pth: no such checkpoint; the nearest is 'model_best.pth'"])
+
+
+def test_misspelt_data_sets_are_named_with_the_nearest(error_of, tmp_path):
+    model = instantiate(dset_d2.get_config(CONFIG).model)
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    options = ["--config-file", CONFIG, "--weights", str(tmp_path / "model.pth")]
+    wrong = "dataloader.test.dataset.names=dair_v2x_i_vall"
+    error = error_of("visualize", *options, "--output", "out", wrong)
+    check(error, ["no data set 'dair_v2x_i_vall'; the nearest is 'dair_v2x_i_val'"])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -7,11 +9,52 @@ from detectron2.config import instantiate
 from PIL import Image
 
 import dset_d2
+from dset_d2.config import apply_overrides
 from dset_d2.data import dair_v2x
 from dset_d2.synthetic import write_dataset
-from dset_d2.tools import convert_checkpoint, visualize
+from dset_d2.tools import analyze, benchmark, convert_checkpoint, dair_v2x_to_coco, visualize
 
 ROADSIDE = "configs/rtdetr/rtdetrv2_r18_roadside.py"
+SPARSE = "projects/dset/configs/dset_r18_roadside.py"
+TINY = [
+    "model.encoder.hidden_dim=32",
+    "model.encoder.dim_feedforward=64",
+    "model.decoder.hidden_dim=32",
+    "model.decoder.dim_feedforward=64",
+    "model.decoder.num_queries=20",
+    "dataloader.image_size=[64,96]",
+]
+SPLIT = ["--root", "side", "--split-file", "split.json", "--split", "val"]
+# By tool: a command line, and what of it --output must not replace.
+COMMANDS = {
+    analyze: (
+        ["--config-file", "config.py", "--weights", "weights.pth", "--input", "photos"],
+        ["config.py", "weights.pth", "photos/mine.png"],
+    ),
+    benchmark: (["--config-file", "config.py"], ["config.py"]),
+    convert_checkpoint: (
+        ["--config-file", "config.py", "--weights", "weights.pth"],
+        ["config.py", "weights.pth"],
+    ),
+    dair_v2x_to_coco: (SPLIT, ["split.json", "side/data_info.json", "side/label/camera/1.json"]),
+}
+
+
+@pytest.mark.parametrize("tool", COMMANDS, ids=lambda tool: tool.__name__)
+def test_an_output_never_replaces_an_input(tool, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command, inputs = COMMANDS[tool]
+    for name in inputs:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for name in inputs:
+        with pytest.raises(SystemExit) as stop:
+            tool.main([*command, "--output", f"./{name}"])
+        assert stop.value.code == 2 and (tmp_path / name).read_text() == name
+        assert f"error: --output {name}: would replace the input" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tool.main([*command, "--output", "."])
+    assert "--output .: is a folder" in capsys.readouterr().err
 
 
 def test_converted_weights_load_with_detectron2(tmp_path, capsys):
@@ -65,3 +108,67 @@ def test_pictures_of_a_data_set_and_of_files(tmp_path, monkeypatch):
     (picture,) = (tmp_path / "files").iterdir()
     assert Image.open(picture).size == (160, 96)
     assert Image.open(picture).tobytes() != Image.open(file).tobytes()
+
+
+@pytest.fixture
+def weights(tmp_path) -> list[str]:
+    """The options of a tiny sparse model with its weights."""
+    cfg = apply_overrides(dset_d2.get_config(SPARSE), TINY)
+    torch.save({"model": instantiate(cfg.model).state_dict()}, tmp_path / "model.pth")
+    return ["--config-file", SPARSE, "--weights", str(tmp_path / "model.pth"), "--device", "cpu"]
+
+
+def make_photos(folder: Path, *names: str) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, name in enumerate(names):
+        pixels = np.full((48, 64, 3), 50 + 50 * index, np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    return [folder / name for name in names]
+
+
+def test_pictures_stand_for_one_image_each(weights, tmp_path):
+    make_photos(tmp_path / "a", "1.png", "2.PNG", "x.jpg")
+    make_photos(tmp_path / "b", "1.png")
+    inputs = ["--input", str(tmp_path / "a"), str(tmp_path / "b"), "--"]
+    visualize.main([*weights, "--output", str(tmp_path / "out"), *inputs, *TINY])
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"1_1.png", "2_2.png", "3_x.png", "4_1.png", "experts.png"} <= names
+    assert {name.split("_", 1)[0] for name in names if "_kept_" in name} == {"1", "2", "3", "4"}
+
+
+def test_names_that_pictures_have_are_numbered(tmp_path):
+    files = [tmp_path / "1.png", tmp_path / "2.png"]
+    assert visualize.output_names(files, tmp_path / "out") == ["1", "2"]
+    for name in ("1.jpg", "experts.png", "1_kept_encoder_0.png", "2_expert_decoder_1.png"):
+        names = visualize.output_names([*files, tmp_path / name], tmp_path / "out")
+        assert names == ["1_1", "2_2", f"3_{Path(name).stem}"]
+
+
+def test_photographs_are_never_replaced(weights, tmp_path, capsys):
+    (photo,) = make_photos(tmp_path / "photos", "mine.png")
+    content = photo.read_bytes()
+    (tmp_path / "link").symlink_to(photo.parent)
+    for output in (photo.parent, tmp_path / "link"):
+        with pytest.raises(SystemExit) as stop:
+            visualize.main([*weights, "--output", str(output), "--input", str(photo), "--", *TINY])
+        assert stop.value.code == 2
+        assert f"--output {output}: holds the input {photo}" in capsys.readouterr().err
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.png").symlink_to(photo)
+    visualize.main([*weights, "--output", str(out), "--input", str(photo), "--", *TINY])
+    assert not (out / "mine.png").is_symlink()
+    assert photo.read_bytes() == content and len(list(photo.parent.iterdir())) == 1
+
+
+def test_damaged_photographs_are_left_out_and_named(weights, tmp_path, capsys):
+    good, bad = make_photos(tmp_path / "photos", "good.png", "bad.png")
+    bad.write_bytes(bad.read_bytes()[:50])
+    out = tmp_path / "out"
+    visualize.main([*weights, "--output", str(out), "--input", str(good.parent), "--", *TINY])
+    assert (out / "good.png").exists() and not (out / "bad.png").exists()
+    warning = capsys.readouterr().err.splitlines()[-1]
+    assert warning.startswith(f"warning: left out 1 of 2 images: {bad}: ")
+    with pytest.raises(SystemExit):
+        visualize.main([*weights, "--output", str(out), "--input", str(bad), "--", *TINY])
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {bad}: ")
