@@ -9,7 +9,7 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from torch import nn
 
-from ..data.mapper import read_image
+from ..data.mapper import read_picture
 from ..modeling import forward_context
 from ..visualization import (
     mean_statistics,
@@ -70,7 +70,7 @@ class SparsityPictures(HookBase):
         with forward_context(record=True) as context:
             self.model([self.mapper(self.dataset_dict)])
         self.model.train()
-        pictures = sparsity_pictures(read_image(self.dataset_dict["file_name"]), context.records)
+        pictures = sparsity_pictures(read_picture(self.dataset_dict).image, context.records)
         if routing := routing_records(context.records):
             statistics = mean_statistics({place: [x] for place, x in routing.items()})
             pictures["experts"] = rendered(plot_routing(statistics))

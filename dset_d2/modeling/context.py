@@ -25,8 +25,10 @@ class Knobs:
     """What one call may change of how much a detector computes; None is as configured.
 
     Args:
-        keep_ratio: share of the tokens that every token pruner keeps, in (0, 1].
-        memory_ratio: share of the tokens that the decoder's cross-attention can read, in (0, 1].
+        keep_ratio: share of the tokens that every token pruner keeps, in (0, 1]; a pruner's
+            ``min_tokens`` stay in any case.
+        memory_ratio: share of the tokens that the decoder's cross-attention can read, in (0, 1];
+            as many as there are queries stay in any case.
         top_k: experts per token of every mixture of experts.
         decoder_layers: decoder layers that run.
         num_queries: queries of the decoder.

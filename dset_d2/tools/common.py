@@ -22,7 +22,7 @@ from torch import nn
 
 from ..checkpoint import load_upstream
 from ..config import PACKAGE, apply_overrides, load_config
-from ..data.mapper import read_image
+from ..data.mapper import read_picture
 from ..files import write_atomically
 
 OVERRIDE = re.compile(r"\+?[\w.]+=")
@@ -227,7 +227,7 @@ def read_images(dataset_dicts: Iterable[dict]) -> Iterator[tuple[dict, np.ndarra
     read, damaged = 0, []
     for dataset_dict in dataset_dicts:
         try:
-            image = read_image(dataset_dict["file_name"])
+            image = read_picture(dataset_dict).image
         except (OSError, ValueError) as error:
             damaged.append(in_one_line(error))
         else:
