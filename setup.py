@@ -37,5 +37,7 @@ setup(
         "tqdm>=4.60",
         "tabulate",
     ],
-    extras_require={"test": ["pytest>=7", "hypothesis>=6", "transformers>=4.49", "ruff"]},
+    extras_require={
+        "test": ["pytest>=7", "pytest-xdist>=3.7", "hypothesis>=6", "transformers>=4.49", "ruff"]
+    },
 )
