@@ -11,7 +11,12 @@ from detectron2.modeling import build_model
 import dset_d2
 from dset_d2.config import add_detr_config
 from dset_d2.modeling import DFINECriterion, DFINEDecoder, Encoded, HungarianMatcher
-from dset_d2.modeling.criterion.dfine_criterion import distillation, fine_grained, unite
+from dset_d2.modeling.criterion.dfine_criterion import (
+    Mixture,
+    distillation,
+    fine_grained,
+    unite,
+)
 from dset_d2.modeling.criterion.matcher import Matches
 from dset_d2.modeling.criterion.set_criterion import pair
 from dset_d2.modeling.decoder.dfine import LQE, Gate
@@ -217,9 +222,10 @@ def test_ddf_by_hand():
     divergence = (p * (p / q).log()).sum(-1).mean(-1) * 25
     matched = divergence[0] * 0.5  # the IoU
     other = divergence[1] * torch.tensor(-1.0).sigmoid()  # the teacher's confidence
-    loss = distillation(layer, teacher, pairs, share=0.25, temperature=5.0)
+    mixture = Mixture(share=0.25, matched=1, others=1)
+    loss = distillation(layer, teacher, pairs, mixture, temperature=5.0)
     torch.testing.assert_close(loss, 0.25 * matched + 0.75 * other)
-    assert distillation(teacher, teacher, pairs, 0.25, 5.0) == 0
+    assert distillation(teacher, teacher, pairs, mixture, 5.0) == 0
 
 
 def test_mal_by_hand():
