@@ -289,18 +289,20 @@ def test_gradients_reach_every_parameter(path, decoder, counts):
 
 
 def test_training_lowers_the_loss():
-    model = tiny_model(S).train()
+    """Of decoder and criterion; the backbone would take all the time."""
+    model = tiny_model(S, num_denoising=0).train()
     torch.manual_seed(0)
-    images, targets = torch.rand(2, 3, 64, 64), make_targets(2, 3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    encoded = Encoded([torch.randn(2, 32, side, side) for side in (8, 4, 2)])
+    targets = make_targets(2, 3)
+    optimizer = torch.optim.AdamW(model.decoder.parameters(), lr=1e-3)
     totals = []
     for _ in range(30):
-        total = sum(model.compute_losses(images, targets).values())
+        total = sum(model.criterion(model.decoder(encoded, targets), targets).values())
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
         totals.append(float(total.detach()))
-    assert sum(totals[-5:]) < 0.9 * sum(totals[:5])
+    assert totals[-1] < 0.85 * totals[0]
 
 
 # Configs and checkpoints
