@@ -1,23 +1,31 @@
 """COCO-format annotation files as data sets that a config or a command line can name."""
 
+from collections.abc import Sequence
+
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
 
 
-def coco_dataset(name: str, json_file: str, image_root: str) -> list[dict]:
-    """Register a COCO annotation file under ``name`` and load it.
+def coco_dataset(
+    names: str | Sequence[str], json_file: str = "", image_root: str = ""
+) -> list[dict]:
+    """Load registered data sets, or a COCO annotation file that is registered under a name.
 
     Images without annotations are kept: an empty road teaches, too.
 
     Raises:
-        ValueError: if ``name`` is taken by other files, or a path is not set.
+        ValueError: if the name is taken by other files, or if it is of no data set and a path is
+            not set.
     """
-    if not json_file or not image_root:
-        raise ValueError(f"data set {name!r}: set json_file and image_root")
-    files = {"json_file": json_file, "image_root": image_root}
-    if name not in DatasetCatalog:
-        register_coco_instances(name, {}, json_file, image_root)
-    taken = {key: MetadataCatalog.get(name).get(key) for key in files}
-    if taken != files:
-        raise ValueError(f"data set {name!r} stands for {taken} already, not for {files}")
-    return get_detection_dataset_dicts(name, filter_empty=False)
+    if json_file and image_root:
+        files = {"json_file": json_file, "image_root": image_root}
+        if names not in DatasetCatalog:
+            register_coco_instances(names, {}, json_file, image_root)
+        taken = {key: MetadataCatalog.get(names).get(key) for key in files}
+        if taken != files:
+            raise ValueError(f"data set {names!r} stands for {taken} already, not for {files}")
+    elif json_file or image_root or (isinstance(names, str) and names not in DatasetCatalog):
+        raise ValueError(
+            f"data set {names!r}: set json_file and image_root, or names to a registered one's"
+        )
+    return get_detection_dataset_dicts(names, filter_empty=False)
