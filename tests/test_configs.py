@@ -105,13 +105,13 @@ def test_custom_config_takes_files_and_registered_data_sets(tmp_path):
         overrides = [f"dataloader.test.dataset.{override}" for override in overrides]
         return apply_overrides(cfg, overrides).dataloader
 
+    with pytest.raises(ValueError, match="'custom_val': set json_file and image_root, or names"):
+        instantiate(switched().test.dataset)
     by_name = switched("names=my_train")
     assert len(instantiate(by_name.test.dataset)) == 1
     assert by_name.evaluator.dataset_name == "my_train"
     by_file = switched(f"json_file={tmp_path}/a.json", f"image_root={tmp_path}")
     assert len(instantiate(by_file.test.dataset)) == 1
-    with pytest.raises(ValueError, match="'custom_val': set json_file and image_root, or names"):
-        instantiate(switched().test.dataset)
     with pytest.raises(ValueError, match="'my_train': set json_file and image_root"):
         instantiate(switched("names=my_train", f"image_root={tmp_path}").test.dataset)
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
 
+from ..config import nearest
+
 
 def coco_dataset(
     names: str | Sequence[str], json_file: str = "", image_root: str = ""
@@ -27,5 +29,6 @@ def coco_dataset(
     elif json_file or image_root or (isinstance(names, str) and names not in DatasetCatalog):
         raise ValueError(
             f"data set {names!r}: set json_file and image_root, or names to a registered one's"
+            f"{nearest(str(names), DatasetCatalog.list())}"
         )
     return get_detection_dataset_dicts(names, filter_empty=False)
