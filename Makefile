@@ -13,7 +13,8 @@ READY := .venv/ready-$(DETECTRON2)
 demo: $(READY)
 	$(BIN)/python -m dset_d2.tools.make_roadside --output $(DEMO)/datasets --train 480
 	DETECTRON2_DATASETS=$(DEMO)/datasets $(BIN)/python -m dset_d2.tools.lazyconfig_train_net \
-		--config-file $(DEMO_CONFIG) --resume train.output_dir=$(DEMO)
+		--config-file $(DEMO_CONFIG) \
+		$(if $(wildcard $(DEMO)/last_checkpoint),--resume,--overwrite) train.output_dir=$(DEMO)
 	DETECTRON2_DATASETS=$(DEMO)/datasets $(BIN)/python -m dset_d2.tools.visualize \
 		--config-file $(DEMO_CONFIG) \
 		--weights $(DEMO)/model_best.pth --output $(DEMO)/detections --num-images 12

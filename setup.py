@@ -21,8 +21,8 @@ setup(
     package_dir=config_packages(),
     # Detectron2 itself is not listed: it is installed from its repository.
     install_requires=[
-        "torch>=2.4",
-        "torchvision>=0.21",
+        "torch>=2.10",  # the first with torch.nn.functional.grouped_mm
+        "torchvision>=0.25",
         "numpy>=1.23",
         "scipy>=1.9",
         "Pillow>=9",

@@ -2,21 +2,44 @@
 ``CfgNode`` system that the registered classes read."""
 
 import difflib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
 from pathlib import Path
 
 from detectron2.config import CfgNode, LazyConfig
 from detectron2.utils.registry import locate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 PACKAGE = Path(__file__).parent
+ROOTS = (PACKAGE.parent, PACKAGE)  # of the project's configs, in a checkout and when installed
+
+# What an override must not replace by text; bool is an int, too, and comes first.
+KINDS = {
+    bool: "true or false",
+    int | float: "a number",
+    ListConfig: "a list",
+    DictConfig: "a group of settings",
+}
+
+
+def find_config(path: str, roots: Sequence[Path] = (Path(), *ROOTS)) -> Path:
+    """A config file of the user's, or one of the project's by its path from the root.
+
+    Raises:
+        FileNotFoundError: if there is no such config; the message lists its neighbours.
+    """
+    for root in roots:
+        if (root / path).is_file():
+            return (root / path).resolve()  # Detectron2 finds a config's parents from its own path
+    folders = [root / Path(path).parent for root in roots]
+    known = sorted({file.name for folder in folders for file in folder.glob("*.py")})
+    raise FileNotFoundError(f"no config {path!r}; in its folder are: {', '.join(known) or 'none'}")
 
 
 def load_config(path: str) -> DictConfig:
     """Load a config file of the user's, or one of the project's by its path from the root."""
-    file = Path(path).resolve()  # Detectron2 finds a config's parents from its own path
-    return LazyConfig.load(str(file)) if file.is_file() else get_config(path)
+    return LazyConfig.load(str(find_config(path)))
 
 
 def get_config(path: str) -> DictConfig:
@@ -28,32 +51,46 @@ def get_config(path: str) -> DictConfig:
     Raises:
         FileNotFoundError: if there is no such config; the message lists its neighbours.
     """
-    for root in (PACKAGE.parent, PACKAGE):
-        if (root / path).is_file():
-            return LazyConfig.load(str(root / path))
-    roots = [root / Path(path).parent for root in (PACKAGE.parent, PACKAGE)]
-    known = sorted({file.name for root in roots for file in root.glob("*.py")})
-    raise FileNotFoundError(f"no config {path!r}; in its folder are: {', '.join(known) or 'none'}")
+    return LazyConfig.load(str(find_config(path, ROOTS)))
 
 
 def apply_overrides(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     """Detectron2's overrides, but a key that the config lacks is an error with a suggestion.
 
     Raises:
-        ValueError: on such a key, or an override that cannot be read or applied; names it.
+        ValueError: on such a key, on text in place of a number, a list or a group of settings, or
+            on an override that cannot be read or applied; names it.
     """
     known = all_keys(cfg)
     for override in overrides:
-        key = override.split("=", 1)[0].lstrip("+~")
+        key, _, value = override.partition("=")
+        if "=" in value and value[0] not in "\"'[{(":  # such as a path, which the parser refuses
+            override = f"{key}={json.dumps(value)}"
+        key = key.lstrip("+~")
         if not override.startswith("+") and key not in known:
-            close = difflib.get_close_matches(key, known, n=3)
-            hint = f"; close to it: {', '.join(close)}" if close else ""
-            raise ValueError(f"the config has no key {key!r}{hint}; +{override} adds it")
+            raise ValueError(
+                f"the config has no key {key!r}{nearest(key, known)}; +{override} adds it"
+            )
+        before = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
         try:
             LazyConfig.apply_overrides(cfg, [override])
         except Exception as error:  # of the parser's many kinds, few of which name the override
             raise ValueError(f"override {override!r}: {error}") from error
+        after = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
+        if isinstance(after, str):
+            for kind, name in KINDS.items():
+                if isinstance(before, kind):
+                    raise ValueError(f"override {override!r}: {key} is {name}, as {before}")
     return cfg
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error about a name: what is close to it, else what there is if it is little."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3)
+    if close:
+        return f"; close to it: {', '.join(close)}"
+    return f"; there is: {', '.join(known)}" if 0 < len(known) <= 20 else ""
 
 
 def all_keys(cfg, prefix: str = "") -> set[str]:

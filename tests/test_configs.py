@@ -1,11 +1,13 @@
 """Every config builds, runs and survives being saved."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data.datasets import register_coco_instances
 from omegaconf import DictConfig
 
 import dset_d2
@@ -89,6 +91,51 @@ def test_misspelt_override_suggests_the_right_key():
     apply_overrides(cfg, ["model.decoder.eval_idx=0"])  # which the decoder hands to its base
     decoder = instantiate(cfg.model).decoder
     assert decoder.decoder.layers[0].dropout1.p == 0.1 and decoder.eval_idx == 0
+
+
+def test_custom_config_takes_files_and_registered_data_sets(tmp_path):
+    image = {"id": 1, "file_name": "x.jpg", "height": 4, "width": 5}
+    category = {"id": 3, "name": "car"}
+    text = json.dumps({"images": [image], "annotations": [], "categories": [category]})
+    (tmp_path / "a.json").write_text(text)
+    register_coco_instances("my_train", {}, str(tmp_path / "a.json"), str(tmp_path))
+
+    def switched(*overrides):
+        cfg = dset_d2.get_config("configs/rtdetr/rtdetrv2_r18_custom.py")
+        overrides = [f"dataloader.test.dataset.{override}" for override in overrides]
+        return apply_overrides(cfg, overrides).dataloader
+
+    with pytest.raises(ValueError, match="'custom_val': set json_file and image_root, or names"):
+        instantiate(switched().test.dataset)
+    by_name = switched("names=my_train")
+    assert len(instantiate(by_name.test.dataset)) == 1
+    assert by_name.evaluator.dataset_name == "my_train"
+    by_file = switched(f"json_file={tmp_path}/a.json", f"image_root={tmp_path}")
+    assert len(instantiate(by_file.test.dataset)) == 1
+    with pytest.raises(ValueError, match="'my_train': set json_file and image_root"):
+        instantiate(switched("names=my_train", f"image_root={tmp_path}").test.dataset)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.max_iter=abc", "train.max_iter is a number, as 887040"),
+        ("train.amp.enabled=no", "train.amp.enabled is true or false, as False"),
+        ("dataloader.image_size=640px", r"dataloader.image_size is a list, as \[640, 640\]"),
+        ("train.ema=off", "train.ema is a group of settings"),
+    ],
+)
+def test_text_in_place_of_a_number_is_named(override, message):
+    cfg = dset_d2.get_config("configs/rtdetr/rtdetrv2_r18_coco.py")
+    with pytest.raises(ValueError, match=message):
+        apply_overrides(cfg, [override])
+
+
+@pytest.mark.parametrize("path", ["runs/lr=0.1/best model.pth", "a=b", "it's=x"])
+def test_paths_with_an_equals_sign(path):
+    cfg = dset_d2.get_config("configs/rtdetr/rtdetrv2_r18_coco.py")
+    apply_overrides(cfg, [f"train.init_checkpoint={path}", f"train.output_dir='{path[0]}=1'"])
+    assert cfg.train.init_checkpoint == path and cfg.train.output_dir == f"{path[0]}=1"
 
 
 def test_targets_written_in_c_take_overrides():

@@ -1,4 +1,5 @@
-"""RT-DETRv2-R18 on your own COCO-format files; set the paths and num_classes when you run it."""
+"""RT-DETRv2-R18 on your own data; when you run it, set num_classes and the paths of COCO-format
+files, or the names of registered data sets."""
 
 from detectron2.config import LazyCall as L
 
@@ -7,9 +8,8 @@ from dset_d2.engine.optimizer import flat_cosine
 
 from .rtdetrv2_r18_coco import dataloader, model, optimizer, train
 
-dataloader.train.dataset = L(coco_dataset)(name="custom_train", json_file="", image_root="")
-dataloader.test.dataset = L(coco_dataset)(name="custom_val", json_file="", image_root="")
-dataloader.evaluator.dataset_name = "${..test.dataset.name}"
+dataloader.train.dataset = L(coco_dataset)(names="custom_train", json_file="", image_root="")
+dataloader.test.dataset = L(coco_dataset)(names="custom_val", json_file="", image_root="")
 train.output_dir = "./output/rtdetrv2_r18_custom"
 train.update(max_iter=10000, eval_period=1000, epoch_iters=0)
 train.checkpointer.period = 1000

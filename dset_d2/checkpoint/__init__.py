@@ -2,6 +2,6 @@
 
 from .dinov3 import load_dinov3
 from .reading import read_state_dict
-from .upstream import load_upstream
+from .upstream import load_initial, load_upstream
 
-__all__ = ["load_dinov3", "load_upstream", "read_state_dict"]
+__all__ = ["load_dinov3", "load_initial", "load_upstream", "read_state_dict"]

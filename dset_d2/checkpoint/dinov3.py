@@ -6,7 +6,7 @@ from pathlib import Path
 from timm.models.eva import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from .reading import read_state_dict
+from .reading import check_finite, read_state_dict
 
 # DINOv3's own names and timm's of the tokens, which no other model has.
 REGISTERS = ("storage_tokens", "reg_token")
@@ -67,5 +67,7 @@ def load_dinov3(model: nn.Module, source: str | Path | dict, name: str = "state 
                 f"{len(missing)} parameters without a key {missing[:5]}, "
                 f"{len(wrong)} of another shape {wrong[:5]}"
             )
+    for _, state in wanted:
+        check_finite(state, name)
     for module, state in wanted:
         module.load_state_dict(state, strict=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from .dinov3 import is_dinov3, load_dinov3, weights_hint
-from .reading import read_state_dict, unwrap
+from .reading import check_finite, read_state_dict, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -71,17 +71,10 @@ def load_upstream(model: nn.Module, source: str | Path | dict, whole: bool = Fal
             raise ValueError(f"{name} holds a backbone alone")
         load_dinov3(model, state, name)
         return
-    state = {rename(key): value for key, value in state.items() if not COMPUTED.search(key)}
-
-    for key in [k for k in state if k.endswith((".up", ".reg_scale")) and not (state[k] > 0).all()]:
-        logger.warning("%s: %s must be positive; the config's stays", name, key)
-        del state[key]
-
-    module = model
-    backbone = None if whole else getattr(model, "backbone", None)
-    if backbone is not None and required(state) <= backbone.state_dict().keys():
-        module = backbone
-    known = module.state_dict()
+    state = translate(model, state, name, backbone_alone=not whole)
+    known = model.state_dict()
+    if not whole and all(key.startswith("backbone.") for key in state):
+        known = {key: value for key, value in known.items() if key.startswith("backbone.")}
     unknown = sorted(required(state) - known.keys())
     missing = sorted(required(known) - state.keys() - {"clock.steps"})
     if unknown or missing:
@@ -98,7 +91,57 @@ def load_upstream(model: nn.Module, source: str | Path | dict, whole: bool = Fal
         raise ValueError(f"{name} does not fit the model: {wrong[0]} has shape {shapes}")
     if resized:
         logger.warning("%s: another number of classes; left fresh: %s", name, ", ".join(resized))
-    module.load_state_dict({k: state[k] for k in wanted if k not in resized}, strict=False)
+    fitting = {k: state[k] for k in wanted if k not in resized}
+    check_finite(fitting, name)
+    model.load_state_dict(fitting, strict=False)
+
+
+def load_initial(model: nn.Module, path: str | Path) -> None:
+    """Load whatever fits of a checkpoint, for a new run to start from: as :func:`load_upstream`,
+    but what does not fit stays fresh, with warnings.
+
+    The count of training steps starts anew, and all schedules with it.
+
+    Raises:
+        ValueError: if no parameter fits, or one is not finite.
+    """
+    state, name = read_state_dict(path, weights_hint(model)), str(path)
+    if is_dinov3(state):
+        load_dinov3(model, state, name)
+        return
+    state = translate(model, state, name)
+    state.pop("clock.steps", None)
+    known = model.state_dict()
+    fitting = {k: v for k, v in state.items() if k in known and v.shape == known[k].shape}
+    parameters = {key for key, _ in model.named_parameters()}
+    if not parameters & fitting.keys():
+        raise ValueError(f"{name}: none of its parameters fits the model")
+    check_finite(fitting, name)
+    for what, keys in (
+        ("of the model's parameters stay fresh", parameters - fitting.keys()),
+        ("of its keys have no place in the model", required(state) - fitting.keys()),
+    ):
+        if keys:
+            logger.warning("%s: %d %s: %s", name, len(keys), what, ", ".join(sorted(keys)))
+    model.load_state_dict(fitting, strict=False)
+
+
+def translate(
+    model: nn.Module, state: dict[str, Tensor], name: str, backbone_alone: bool = True
+) -> dict[str, Tensor]:
+    """A state dict under our names, without what is computed here.
+
+    Args:
+        backbone_alone: if all keys are of a backbone, they are the model's backbone's.
+    """
+    state = {rename(key): value for key, value in state.items() if not COMPUTED.search(key)}
+    for key in [k for k in state if k.endswith((".up", ".reg_scale")) and not (state[k] > 0).all()]:
+        logger.warning("%s: %s must be positive; the config's stays", name, key)
+        del state[key]
+    backbone = getattr(model, "backbone", None) if backbone_alone else None
+    if backbone is not None and required(state) <= backbone.state_dict().keys():
+        return {f"backbone.{key}": value for key, value in state.items()}
+    return state
 
 
 def required(state: dict[str, Tensor]) -> set[str]:

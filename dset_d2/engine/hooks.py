@@ -1,14 +1,21 @@
-"""Hooks of our launcher: averaged weights, epochs, the best checkpoint, early stopping."""
+"""Hooks of our launcher: averaged weights, epochs, evaluation, checkpoints, early stopping."""
 
 import logging
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import torch
-from detectron2.engine import HookBase, hooks
+from detectron2.config import LazyConfig
+from detectron2.engine import HookBase, TrainerBase, hooks
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
+from omegaconf import DictConfig
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..config import nearest
 from ..data.mapper import read_picture
 from ..modeling import forward_context
 from ..visualization import (
@@ -18,9 +25,19 @@ from ..visualization import (
     routing_records,
     sparsity_pictures,
 )
+from .checkpointer import AtomicCheckpointer
 from .ema import ModelEMA
 
 logger = logging.getLogger(__name__)
+
+
+def is_due(trainer: TrainerBase, period: int) -> bool:
+    """Whether something is to happen now that happens every ``period`` steps and after the last.
+
+    What comes after the last step happens within it, too, so that its checkpoint knows of it.
+    """
+    done = trainer.iter + 1
+    return done == trainer.max_iter or (period > 0 and done % period == 0)
 
 
 class EMAHook(HookBase):
@@ -78,8 +95,98 @@ class SparsityPictures(HookBase):
             self.trainer.storage.put_image(name, picture.transpose(2, 0, 1))
 
 
+def average_statistics(model: nn.Module, *followers: nn.Module) -> None:
+    """Give all processes the mean of their BatchNorm statistics, where these are their own.
+
+    Args:
+        model: in training mode.
+        followers: copies of the model, such as its average, whose statistics are treated alike.
+    """
+    own = [
+        isinstance(m, _BatchNorm)
+        and not isinstance(m, nn.SyncBatchNorm)
+        and m.training
+        and m.track_running_stats
+        for m in model.modules()
+    ]
+    norms = [m for copy in (model, *followers) for m, is_own in zip(copy.modules(), own) if is_own]
+    buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+    if not buffers or comm.get_world_size() == 1:
+        return
+    together = torch.cat(buffers)
+    torch.distributed.all_reduce(together)
+    together /= comm.get_world_size()
+    for buffer, mean in zip(buffers, together.split([len(b) for b in buffers])):
+        buffer.copy_(mean)
+
+
+class StatisticsHook(HookBase):
+    """Averages BatchNorm statistics over processes before these evaluate or save.
+
+    Else each would evaluate another model, and the checkpoint would know the first one's data only.
+
+    Args:
+        periods: of evaluations and checkpoints, before whose hooks this one must come.
+    """
+
+    def __init__(self, periods: Sequence[int], model: nn.Module, ema: ModelEMA | None) -> None:
+        self.periods = periods
+        self.models = [model, ema.module] if ema else [model]
+
+    def after_step(self) -> None:
+        if any(is_due(self.trainer, period) for period in self.periods):
+            average_statistics(*self.models)
+
+
+class ConfigSaver(HookBase):
+    """Saves the config once the first step went well; one that fails leaves a former run's."""
+
+    def __init__(self, cfg: DictConfig, path: str) -> None:
+        self.cfg = cfg
+        self.path = path
+
+    def after_step(self) -> None:
+        if self.trainer.iter == self.trainer.start_iter:
+            LazyConfig.save(self.cfg, self.path)
+
+
+class Evaluation(HookBase):
+    """Evaluates every ``period`` steps and after the last.
+
+    Args:
+        evaluate: returns nested metrics, on the main process at least.
+        metric: which of them others rely on.
+    """
+
+    def __init__(self, period: int, evaluate: Callable[[], dict], metric: str) -> None:
+        self.period = period
+        self.evaluate = evaluate
+        self.metric = metric
+
+    def after_step(self) -> None:
+        if not is_due(self.trainer, self.period):
+            return
+        results = flatten_results_dict(self.evaluate())
+        if results:
+            check_metric(self.metric, results)
+        self.trainer.storage.put_scalars(**results, smoothing_hint=False)
+        comm.synchronize()
+
+
+def check_metric(metric: str, known: Iterable[str]) -> None:
+    if metric not in known:
+        raise ValueError(f"train.best_metric={metric!r} is no metric{nearest(metric, known)}")
+
+
 class BestCheckpointer(hooks.BestCheckpointer):
-    """Detectron2's, but a resumed run remembers the best metric so far."""
+    """Detectron2's, but a resumed run remembers the best metric so far, the last one included."""
+
+    def after_step(self) -> None:
+        if is_due(self.trainer, self._period):
+            self._best_checking()
+
+    def after_train(self) -> None:
+        pass
 
     def state_dict(self) -> dict:
         return {"best_metric": self.best_metric, "best_iter": self.best_iter}
@@ -89,11 +196,43 @@ class BestCheckpointer(hooks.BestCheckpointer):
         self.best_iter = state["best_iter"]
 
 
+class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
+    """Detectron2's, but counts what earlier parts of a run have left towards ``max_to_keep``."""
+
+    def __init__(
+        self, checkpointer: AtomicCheckpointer, period: int, max_to_keep: int | None = None
+    ) -> None:
+        super().__init__(checkpointer, period)
+        self.keep = max_to_keep
+
+    def before_train(self) -> None:
+        super().before_train()
+        self.clean()
+
+    def after_step(self) -> None:
+        super().after_step()
+        if is_due(self.trainer, self.period):
+            self.clean()
+
+    def clean(self) -> None:
+        """Remove the oldest checkpoints, but not what a resumed run starts from."""
+        folder = Path(self.checkpointer.save_dir)
+        for path in folder.glob("model_*.pth.tmp"):  # of a run that was killed
+            path.unlink()
+        last = Path(self.checkpointer.get_checkpoint_file()).name
+        found = [path for path in folder.glob("model_[0-9]*.pth") if path.name != last]
+        if self.keep:
+            found.sort(key=lambda path: path.stat().st_mtime)
+            spared = self.keep - bool(re.match(r"model_\d", last))
+            for path in found[: max(0, len(found) - spared)]:
+                path.unlink()
+
+
 class EarlyStopping(HookBase):
     """Stops training when a metric has not improved for ``patience`` evaluations.
 
     Must come after the hook that evaluates. A metric that is NaN has not improved; one that is
-    absent, as if misspelt, stops nothing and is warned of.
+    absent stops nothing and is warned of.
     """
 
     def __init__(self, eval_period: int, metric: str, patience: int) -> None:
@@ -106,9 +245,7 @@ class EarlyStopping(HookBase):
         self.evaluations_since = 0
 
     def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        # At the end there is nothing to stop; the last evaluation is still to come.
-        if self.eval_period <= 0 or done % self.eval_period or done == self.trainer.max_iter:
+        if not is_due(self.trainer, self.eval_period):
             return
         value, iteration = self.trainer.storage.latest().get(self.metric, (math.nan, -1))
         if iteration != self.trainer.iter:

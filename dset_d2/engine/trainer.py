@@ -11,8 +11,8 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 
-class _EarlyEnd:
-    """Adds :meth:`stop_early` to a Detectron2 trainer."""
+class _OurTrainer:
+    """Adds :meth:`stop_early` to a Detectron2 trainer, and keeps a resumed run's own settings."""
 
     stopped = False
 
@@ -38,25 +38,43 @@ class _EarlyEnd:
             finally:
                 self.after_train()
 
+    def load_state_dict(self, state: dict) -> None:
+        """The optimizer's moments come back; its settings stay the config's, as all others do.
+
+        Loading would bring back rates and decay, against what ``--resume optimizer.lr=...`` says.
+        """
+        groups = self.optimizer.param_groups
+        own = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        super().load_state_dict(state)
+        changed = set()
+        for group, settings in zip(self.optimizer.param_groups, own):
+            settings["initial_lr"] = settings["lr"]  # which schedules multiply
+            for key in ("initial_lr", "weight_decay", "betas"):
+                if key in settings and group.get(key) != settings[key]:
+                    changed.add(f"{key} {group.get(key)} -> {settings[key]}")
+            group.update(settings)
+        if changed:
+            logger.warning("The config changes the optimizer: %s", ", ".join(sorted(changed)))
+
     def _write_metrics(self, loss_dict: dict[str, Tensor], *args, **kwargs) -> None:
         try:
             super()._write_metrics(loss_dict, *args, **kwargs)
         except FloatingPointError:
-            bad = {k: float(v) for k, v in loss_dict.items() if not math.isfinite(v)}
+            bad = {k: v.item() for k, v in loss_dict.items() if not math.isfinite(v.item())}
             where = "" if bad else " on another process"
             message = f"training stops at iteration {self.iter}: losses not finite{where}: {bad}"
             raise FloatingPointError(message) from None
 
 
-class Trainer(_EarlyEnd, SimpleTrainer):
+class Trainer(_OurTrainer, SimpleTrainer):
     pass
 
 
-class MixedPrecisionTrainer(_EarlyEnd, AMPTrainer):
+class MixedPrecisionTrainer(_OurTrainer, AMPTrainer):
     """Half precision with scaled gradients; needs a GPU."""
 
 
-class BFloat16Trainer(_EarlyEnd, SimpleTrainer):
+class BFloat16Trainer(_OurTrainer, SimpleTrainer):
     """bfloat16 autocast, which needs no scaling; runs on CPUs, too."""
 
     def run_step(self) -> None:

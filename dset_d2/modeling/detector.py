@@ -1,5 +1,6 @@
 """Real-time detection transformers: backbone, encoder, decoder and criterion as one model."""
 
+import math
 from typing import NamedTuple
 
 from detectron2.config import configurable
@@ -10,6 +11,7 @@ from torchvision.ops import box_convert
 
 from .context import Knobs
 from .encoder import Encoded
+from .layers import check_choice
 from .meta_arch import MetaArch
 from .registry import build_criterion, build_decoder, build_encoder
 from .tokens import Padding
@@ -58,6 +60,8 @@ class DETRDetector(MetaArch):
         multi_scale_end: int = 0,
     ) -> None:
         super().__init__(pixel_mean, pixel_std, multi_scale, multi_scale_end)
+        for name in encoder.in_features:
+            check_choice("in_features", name, backbone.output_shape())
         self.backbone = backbone
         self.encoder = encoder
         self.decoder = decoder
@@ -81,7 +85,10 @@ class DETRDetector(MetaArch):
 
     @property
     def size_divisibility(self) -> int:
-        return self.backbone.size_divisibility
+        # A backbone may ask for nothing, but the encoder's maps halve from one to the next.
+        shapes = self.backbone.output_shape()
+        strides = [shapes[name].stride or 1 for name in self.encoder.in_features]
+        return math.lcm(max(1, self.backbone.size_divisibility), *strides)
 
     @property
     def num_classes(self) -> int:

@@ -152,7 +152,17 @@ class MetaArch(nn.Module):
 
     def preprocess(self, batched_inputs: list[dict]) -> tuple[Tensor, Padding | None]:
         """Normalised images in one padded batch (B, 3, H, W), and which of it is image (None:
-        all of it)."""
+        all of it).
+
+        Raises:
+            TypeError: if the model was cast to half precision.
+        """
+        if self.pixel_mean.dtype in (torch.float16, torch.bfloat16):
+            # Coordinates of boxes need more digits than bfloat16 has.
+            raise TypeError(
+                f"the model was cast to {self.pixel_mean.dtype}; keep it in float32 and run it "
+                f'under torch.autocast("{self.device.type}", {self.pixel_mean.dtype})'
+            )
         images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
         batch = ImageList.from_tensors(images, self.size_divisibility)

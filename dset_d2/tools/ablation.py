@@ -95,7 +95,9 @@ def train(run: Run, device: str | None = None) -> None:
     if final_metrics(folder):
         return
     command = [sys.executable, "-W", "ignore", "-m", "dset_d2.tools.lazyconfig_train_net"]
-    command += ["--config-file", config_file, "--resume", *overrides, f"train.output_dir={folder}"]
+    begun = (folder / "last_checkpoint").exists()
+    command += ["--config-file", config_file, "--resume" if begun else "--overwrite"]
+    command += [*overrides, f"train.output_dir={folder}"]
     command += [f"train.device={device}"] if device else []
     with open(folder / "stdout.txt", "a") as log:
         failed = subprocess.run(command, stdout=log, stderr=log).returncode

@@ -3,59 +3,97 @@
 Every config of this project also runs with Detectron2's own ``tools/lazyconfig_train_net.py``.
 This launcher adds what that one has no seam for, as ``train.*`` settings: averaged weights
 (``ema``), the best checkpoint and early stopping by a named metric, an end on non-finite losses
-that names them, checkpoints that are never half-written, and errors on misspelt overrides.
+that names them, checkpoints that are never half-written, errors on misspelt overrides, and output
+folders that hold one run each.
 
     python -m dset_d2.tools.lazyconfig_train_net --config-file configs/rtdetr/rtdetrv2_r18_coco.py
     ... --resume                      continue the run in train.output_dir
+    ... --overwrite                   replace it
     ... --eval-only train.init_checkpoint=output/model_best.pth      or released weights
     ... dataloader.train.total_batch_size=8 optimizer.lr=5e-5
 """
 
+import copy
 import logging
 from argparse import Namespace
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from errno import EDQUOT, ENOSPC
+from pathlib import Path
 
 import torch
 from detectron2.config import instantiate
-from detectron2.engine import (
-    default_argument_parser,
-    default_setup,
-    default_writers,
-    hooks,
-    launch,
-)
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import default_argument_parser, default_writers, hooks, launch
 from detectron2.engine.defaults import create_ddp_model
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from ..checkpoint import load_upstream
-from ..engine.checkpointer import AtomicCheckpointer, InitialCheckpointer
+from ..checkpoint import load_initial, load_upstream
+from ..config import all_keys, find_config, nearest
+from ..engine.checkpointer import AtomicCheckpointer
 from ..engine.ema import ModelEMA
+from ..engine.folder import CONFIG, LAST, claimed
 from ..engine.hooks import (
     BestCheckpointer,
+    ConfigSaver,
     EarlyStopping,
     EMAHook,
     EpochReporter,
+    Evaluation,
+    PeriodicCheckpointer,
     SparsityPictures,
+    StatisticsHook,
+    check_metric,
 )
 from ..engine.trainer import trainer_class
+from ..files import disk_error
 from ..modeling.sparse import MoE, TokenPruner
-from .common import UsageError, build_model, entry_point, read_config, usage_errors
+from .common import UsageError, build, build_model, entry_point, read_config, usage_errors
 
 logger = logging.getLogger("dset_d2")  # not __main__, which nobody listens to
 
+COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
-def evaluate(cfg: DictConfig, model: torch.nn.Module, ema: ModelEMA | None) -> dict:
-    """Evaluate the averaged weights if there are any, else the model's own."""
-    if ema is not None and ema.updates:
-        model = ema.module
-    results = inference_on_dataset(
-        model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
-    )
-    print_csv_format(results)
-    return results
+
+def check_data(cfg: DictConfig) -> Callable[[torch.nn.Module], dict]:
+    """Build what evaluations use, so that what is wrong with it ends a run before its first step.
+
+    Returns:
+        The evaluation of a model.
+    """
+    check_data_set_names(cfg)
+    loader = build(cfg, "dataloader.test")
+    evaluator = build(cfg, "dataloader.evaluator")
+    if isinstance(evaluator, COCOEvaluator):
+        metadata = MetadataCatalog.get(cfg.dataloader.evaluator.dataset_name)
+        names = (*COCO_METRICS, *(f"AP-{name}" for name in metadata.get("thing_classes", ())))
+        with usage_errors("the config"):
+            check_metric(cfg.train.best_metric, [f"bbox/{name}" for name in names])
+
+    def evaluate(model: torch.nn.Module) -> dict:
+        results = inference_on_dataset(model, loader, evaluator)
+        print_csv_format(results)
+        return results
+
+    return evaluate
+
+
+def check_data_set_names(cfg: DictConfig) -> None:
+    """Raise a :class:`UsageError` on a name of no data set, with the nearest."""
+    for key in sorted(all_keys(cfg.dataloader, "dataloader.")):
+        node, _, name = key.rpartition(".")
+        names = OmegaConf.select(cfg, key) if name == "names" else None
+        if OmegaConf.select(cfg, f"{node}.json_file") is not None:
+            continue  # the name is yet to be registered
+        for name in [names] if isinstance(names, str) else names or []:
+            if name not in DatasetCatalog:
+                close = nearest(name, DatasetCatalog.list())
+                raise UsageError(f"{key}={name}: no data set has this name{close}")
 
 
 def build_ema(cfg: DictConfig, model: torch.nn.Module) -> ModelEMA | None:
@@ -73,20 +111,31 @@ def sparsity_pictures(cfg: DictConfig, model: torch.nn.Module) -> SparsityPictur
 
 
 def train(cfg: DictConfig, resume: bool) -> None:
+    saved_cfg = copy.deepcopy(cfg)  # before the model is put into it
+    output_dir = cfg.train.output_dir
+    resumed = resume and Path(output_dir, LAST).exists()
+    evaluate = check_data(cfg)
     model = build_model(cfg)
     logger.info("Model:\n%s", model)
+    if cfg.train.init_checkpoint and not resumed:
+        with initial_weights(cfg):
+            load_initial(model, cfg.train.init_checkpoint)
     ema = build_ema(cfg, model)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     parallel = create_ddp_model(model, **cfg.train.ddp)
     make_trainer = trainer_class(cfg.train.amp.enabled, cfg.train.device)
-    trainer = make_trainer(parallel, instantiate(cfg.dataloader.train), optimizer)
+    trainer = make_trainer(parallel, build(cfg, "dataloader.train"), optimizer)
     averaged = {"ema": ema} if ema else {}
-    output_dir = cfg.train.output_dir
     checkpointer = AtomicCheckpointer(parallel, output_dir, trainer=trainer, **averaged)
     best = AtomicCheckpointer(parallel, output_dir, tag_last=False, **averaged)
 
+    def evaluate_best() -> dict:
+        """Of the averaged weights if there are any, else of the model's own."""
+        return evaluate(ema.module if ema and ema.updates else parallel)
+
     period = cfg.train.eval_period
+    saving = cfg.train.checkpointer
     metric = cfg.train.best_metric
     main = comm.is_main_process()
     patience = cfg.train.early_stopping_patience
@@ -97,30 +146,34 @@ def train(cfg: DictConfig, resume: bool) -> None:
             # By default it waits three steps; in a run that ends before, the ETA divides by zero.
             hooks.IterationTimer(warmup_iter=1),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            ConfigSaver(saved_cfg, f"{output_dir}/{CONFIG}") if main else None,
             EMAHook(ema, model) if ema else None,
             EpochReporter(cfg.train.epoch_iters) if cfg.train.epoch_iters else None,
             sparsity_pictures(cfg, model) if main else None,
-            hooks.EvalHook(period, lambda: evaluate(cfg, parallel, ema)),
+            StatisticsHook([period, saving.period], model, ema),
+            Evaluation(period, evaluate_best, metric),
             # These follow the evaluation, so that a checkpoint knows of its results.
             BestCheckpointer(period, best, metric) if main else None,
             stopping,
             hooks.PeriodicWriter(writers, cfg.train.log_period) if main else None,
             # Last, so that a run which is killed has logged all that it resumes from.
-            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if main else None,
+            PeriodicCheckpointer(checkpointer, **saving) if main else None,
         ]
     )
-    resumed = resume and checkpointer.has_checkpoint()
+    start = 0
     if resumed:
-        checkpointer.resume_or_load("", resume=True)
-    else:
-        with initial_weights(cfg):
-            InitialCheckpointer(parallel).load(cfg.train.init_checkpoint)
-    if stopping is not None and stopping.enough:
+        with usage_errors(f"--resume from {checkpointer.get_checkpoint_file()}"):
+            checkpointer.resume_or_load("", resume=True)
+        start = trainer.iter + 1
+    if start >= cfg.train.max_iter:
+        logger.info(
+            "This run is finished after %d steps; a larger train.max_iter extends it", start
+        )
+    elif stopping is not None and stopping.enough:
         logger.info("This run's patience is used up; a larger one lets it go on")
-        trainer.stop_early()
     else:
-        trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
-    if trainer.stopped and main:
+        trainer.train(start, cfg.train.max_iter)
+    if main and not checkpointer.get_checkpoint_file().endswith("model_final.pth"):
         checkpointer.save("model_final", iteration=trainer.iter)
 
 
@@ -128,37 +181,66 @@ def initial_weights(cfg: DictConfig) -> AbstractContextManager:
     return usage_errors(f"train.init_checkpoint={cfg.train.init_checkpoint}")
 
 
+def set_up(cfg: DictConfig, args: Namespace) -> None:
+    """Logs and random numbers, as by Detectron2's ``default_setup``.
+
+    That one would also replace the config of the run in the folder before anything is tried.
+    """
+    rank = comm.get_rank()
+    for name in ("fvcore", "detectron2", "dset_d2"):
+        setup_logger(cfg.train.output_dir, distributed_rank=rank, name=name)
+    logger.info("Environment:\n%s", collect_env_info())
+    logger.info("Command line: %s", args)
+    logger.info("Config:\n%s", Path(args.config_file).read_text())
+    seed_all_rng(None if cfg.train.seed < 0 else cfg.train.seed + rank)
+
+
 def main(args: Namespace) -> None:
     cfg = read_config(args.config_file, args.opts)
-    default_setup(cfg, args)
-    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="dset_d2")
+    set_up(cfg, args)
     if not args.eval_only:
         train(cfg, args.resume)
         return
-    if not cfg.train.init_checkpoint:
-        raise UsageError("--eval-only needs train.init_checkpoint=FILE")
+    evaluate = check_data(cfg)
     model = build_model(cfg)
     with initial_weights(cfg):
         load_upstream(model, cfg.train.init_checkpoint, whole=True)
-    evaluate(cfg, create_ddp_model(model, **cfg.train.ddp), None)
+    evaluate(create_ddp_model(model, **cfg.train.ddp))
 
 
 @entry_point
 def run(argv: list[str] | None = None) -> None:
     parser = default_argument_parser(epilog=__doc__)
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
     args = parser.parse_args(argv)
     if not args.config_file:
         parser.error("--config-file is required")
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on with what --overwrite removes")
     # What is wrong with it shall end this process, not the ones that it may start.
-    read_config(args.config_file, args.opts)
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    cfg = read_config(args.config_file, args.opts)
+    args.config_file = str(find_config(args.config_file))
+    if args.eval_only and not cfg.train.init_checkpoint:
+        raise UsageError("--eval-only needs train.init_checkpoint=FILE")
+    folder = Path(cfg.train.output_dir)
+    try:
+        with ExitStack() as stack:
+            if not args.eval_only and args.machine_rank == 0:
+                with usage_errors("train.output_dir"):
+                    stack.enter_context(claimed(folder, args.resume, args.overwrite))
+            launch(
+                main,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args,),
+            )
+    except Exception as error:
+        refusal = disk_error(error)
+        if refusal is None or refusal.errno not in (ENOSPC, EDQUOT):
+            raise
+        raise UsageError(f"{refusal.filename or folder}: {refusal.strerror}") from None
 
 
 if __name__ == "__main__":

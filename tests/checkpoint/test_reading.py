@@ -31,6 +31,20 @@ def test_files_that_are_no_checkpoints(tmp_path):
         read_state_dict(tmp_path / "odd.pth")
 
 
+def test_what_was_meant_is_named(tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "model_final.pth")
+    with pytest.raises(FileNotFoundError, match="close to it: model_final.pth"):
+        read_state_dict(tmp_path / "model_finl.pth")
+    with pytest.raises(ValueError, match="a folder, not a checkpoint; did you mean .*model_final"):
+        read_state_dict(tmp_path)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "model_best.pth")
+    with pytest.raises(ValueError, match="a folder, not a checkpoint; did you mean .*model_best"):
+        read_state_dict(tmp_path)
+    (tmp_path / "page.pth").write_text("\n<!DOCTYPE html><html></html>")
+    with pytest.raises(ValueError, match="page.pth: a web page, not a checkpoint"):
+        read_state_dict(tmp_path / "page.pth")
+
+
 def test_pickled_code_does_not_run(tmp_path):
     """A checkpoint that would run a command when unpickled is refused."""
 

@@ -5,7 +5,7 @@ import torch
 from detectron2.config import instantiate
 
 import dset_d2
-from dset_d2.checkpoint import load_upstream
+from dset_d2.checkpoint import load_initial, load_upstream
 
 from ..conftest import tiny_config, tiny_model
 
@@ -122,3 +122,37 @@ def test_what_does_not_fit_is_named():
     state["decoder.query_pos_head.layers.0.weight"] = torch.zeros(3, 3)
     with pytest.raises(ValueError, match=r"query_pos_head.layers.0.weight has shape \(3, 3\)"):
         load_upstream(fresh(), state)
+
+
+@pytest.mark.parametrize("load", [load_initial, load_upstream])
+def test_values_that_are_not_finite_are_named(load, tmp_path):
+    state = weights(tiny_model())
+    state["decoder.enc_output.proj.bias"] = torch.full((32,), torch.nan)
+    torch.save(state, tmp_path / "broken.pth")
+    model = fresh()
+    before = {k: v.clone() for k, v in weights(model).items()}
+    with pytest.raises(ValueError, match="broken.pth: decoder.enc_output.proj.bias is not finite"):
+        load(model, tmp_path / "broken.pth")
+    assert_loaded(model, before)
+
+
+def test_new_runs_start_from_upstreams_files(tmp_path, caplog):
+    """Under upstream's names, in whole or in part; the count of steps starts anew."""
+    state = tiny_model(num_classes=7).state_dict()
+    old = {re.sub(r"(input_proj\.\d)\.conv", r"\1.0", k): v for k, v in state.items()}
+    old |= {"clock.steps": torch.tensor(9), "decoder.anchors": torch.full((1, 9, 4), torch.inf)}
+    torch.save({"ema": {"module": old}}, tmp_path / "released.pth")
+    model = fresh()
+    load_initial(model, tmp_path / "released.pth")
+    for name, value in weights(model).items():
+        assert torch.equal(value, state[name]) or re.search("score_head|class_embed", name), name
+    assert model.clock.step == 0 and "anchors" not in caplog.text
+    assert "of the model's parameters stay fresh: decoder.dec_score_head.0.bias" in caplog.text
+
+    torch.save(weights(tiny_model().backbone), tmp_path / "backbone.pth")
+    load_initial(model, tmp_path / "backbone.pth")
+    for name, value in tiny_model().backbone.state_dict().items():
+        assert torch.equal(model.backbone.state_dict()[name], value)
+    torch.save({"other.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="other.pth: none of its parameters fits the model"):
+        load_initial(model, tmp_path / "other.pth")

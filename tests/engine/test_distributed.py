@@ -2,11 +2,15 @@
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+
+from dset_d2.engine.ema import ModelEMA
+from dset_d2.engine.hooks import StatisticsHook
 
 from ..conftest import in_two_processes, make_inputs, sparse_model, tiny_model
 
@@ -18,6 +22,7 @@ PLAIN = dict(num_denoising=12, label_noise_ratio=0.0, box_noise_scale=0.0)
 
 MODELS = {
     "dense": lambda: tiny_model(**PLAIN),
+    "dfine": lambda: tiny_model("configs/dfine/dfine_s_coco.py", **PLAIN),
     "sparse": lambda: sparse_model(decoder=PLAIN, spatial_prior=True, diversity_weight=0.1),
 }
 
@@ -39,7 +44,30 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {n.removeprefix("module."): p.grad for n, p in model.named_parameters()}
 
 
+def train_norms(rank: int) -> dict[str, list[dict]]:
+    """States of norms and of their average before and after the hook, whose period is 2 steps.
+
+    Each process has its own data, but for the last norm, which does not learn.
+    """
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.BatchNorm2d(3) for _ in range(3))).train()
+    model[2].eval().running_mean.fill_(0.1)
+    ema = ModelEMA(model, decay=0.5, warmup=1)
+    hook = StatisticsHook([0, 2], model, ema)
+    states = {"model": [], "average": []}
+    for step in range(2):
+        model(torch.randn(4, 3, 5, 5) * (rank + 1) + rank)
+        ema.update(model)
+        hook.trainer = SimpleNamespace(iter=step, max_iter=9)
+        for call in (lambda: None, hook.after_step):
+            call()
+            for name, module in (("model", model), ("average", ema.module)):
+                states[name].append({k: v.clone() for k, v in module.state_dict().items()})
+    return states
+
+
 def worker(rank: int, folder: str) -> None:
+    torch.save(train_norms(rank), f"{folder}/norms{rank}.pt")
     for name, counts in itertools.product(MODELS, COUNTS):
         model = DistributedDataParallel(build(name))
         for _ in range(2):  # the second step fails if the first left a gradient out
@@ -56,6 +84,18 @@ def results(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
     in_two_processes(worker, str(folder))
     return folder
+
+
+@pytest.mark.parametrize("name", ["model", "average"])
+def test_statistics_are_averaged_where_they_are_due(results, name):
+    ranks = [torch.load(results / f"norms{rank}.pt", weights_only=True)[name] for rank in range(2)]
+    for before, after, before_due, after_due in [ranks[0], ranks[1]]:
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
+        for key, value in after_due.items():
+            mean = (ranks[0][2][key] + ranks[1][2][key]) / 2
+            torch.testing.assert_close(value, mean.to(value.dtype), msg=key)
+        assert not torch.equal(after_due["0.running_mean"], before_due["0.running_mean"])
+        assert torch.equal(after_due["2.running_mean"], torch.full((3,), 0.1))
 
 
 @pytest.mark.parametrize("counts", COUNTS)

@@ -191,7 +191,7 @@ def test_weights_that_do_not_fit_or_may_run_code_stop_it(datasets, tmp_path):
     (tmp_path / "code.pkl").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
     wanted = {
         "other.pth": "none of its parameters fits the model",
-        "code.pkl": "pickle files are not read",
+        "code.pkl": "not a checkpoint that is safe to read",
     }
     for name, message in wanted.items():
         result = run(datasets, OURS, tmp_path, f"train.init_checkpoint={tmp_path}/{name}")

@@ -176,18 +176,18 @@ def test_every_trainable_parameter_gets_a_gradient(count, denoising):
 
 
 def test_training_step_learns():
-    """A few steps on one image lower its loss: gradients point the right way."""
+    """Some steps on one batch lower its loss: gradients point the right way."""
     model = tiny_model(num_denoising=0).train()
     inputs = make_inputs([(64, 64)] * 2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     history = []
-    for _ in range(30):
+    for _ in range(60):  # the first 20 are a matter of rounding, and so of the threads
         loss = sum(model(inputs).values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         history.append(loss.item())
-    assert history[-1] < 0.85 * history[0]
+    assert history[-1] < 0.75 * history[0]
 
 
 def test_multi_scale_lasts_until_its_step():
@@ -233,6 +233,13 @@ def test_bfloat16_autocast_keeps_the_criterion_in_fp32():
     assert (low - full).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_models_cast_to_half_precision_say_what_to_do(dtype):
+    model = tiny_model().to(dtype)
+    with pytest.raises(TypeError, match=f'run it under torch.autocast\\("cpu", {dtype}\\)'):
+        model(make_inputs([(64, 64)]))
+
+
 def test_evaluation_under_inference_mode_leaves_training_possible():
     """Cached anchors and positions must not become inference tensors."""
     model = tiny_model()
@@ -276,6 +283,12 @@ def test_non_finite_predictions_are_named(model):
     [
         ("backbone", "depth", 19, r"depth=19 is not one of \[18, 34, 50, 101\]"),
         ("backbone", "out_features", ["res3", "res9"], "out_features='res9'"),
+        (
+            "encoder",
+            "in_features",
+            ["res3", "res4", "res9"],
+            r"in_features='res9' is not one of \['res3', 'res4', 'res5'\]",
+        ),
         ("encoder", "hidden_dim", 30, "hidden_dim=30 must be divisible by 4"),
         ("encoder", "enc_act", "swish", "activation='swish'"),
         ("encoder", "use_encoder_idx", [3], r"use_encoder_idx=\[3\] must lie in 0..2"),

@@ -30,6 +30,25 @@ def test_build_from_cfg_node(backbone):
     assert len(found) == min(300, 5 * (8 * 12 + 4 * 6 + 2 * 3))
 
 
+def test_backbone_that_asks_for_no_size():
+    """Detectron2's ResNet has a ``size_divisibility`` of 0, and its coarsest map a stride of 32."""
+    cfg = get_cfg()
+    dset_d2.add_detr_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.META_ARCHITECTURE = "DETRDetector"
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+    cfg.MODEL.RESNETS.update(DEPTH=18, RES2_OUT_CHANNELS=64, NORM="BN")
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.DECODER.NUM_CLASSES = 5
+    cfg.MODEL.ENCODER.HIDDEN_DIM = cfg.MODEL.DECODER.HIDDEN_DIM = 32
+    model = build_model(cfg)
+    assert model.backbone.size_divisibility == 0 and model.size_divisibility == 32
+    sum(model(make_inputs([(50, 71), (64, 96)])).values()).backward()
+    with torch.no_grad():
+        found = model.eval()(make_inputs([(50, 71)]))[0]["instances"]
+    assert found.image_size == (50, 71) and found.pred_boxes.tensor.isfinite().all()
+
+
 def test_names_are_registered():
     assert "DETRDetector" in META_ARCH_REGISTRY
     for name in ("PResNet", "HGNetv2", "DINOv3"):

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..layers import check_choice
 from ..registry import CRITERION_REGISTRY
 from .matcher import Matches
-from .set_criterion import Pairs, SetCriterion, average_count, in_fp32, pair
+from .set_criterion import Pairs, SetCriterion, divisor_of, in_fp32, mean_counts, pair
 
 
 def unite(matches: list[Matches]) -> Matches:
@@ -66,7 +66,6 @@ class DFINECriterion(SetCriterion):
         Classes are learned from each layer's own match, boxes and edges from the union of all.
         """
         counts = [len(t["labels"]) for t in targets]
-        divisor = average_count(sum(counts), outputs["pred_logits"].device)
         last = in_fp32(outputs)
         layers = {f"_aux_{i}": in_fp32(x) for i, x in enumerate(outputs["aux_outputs"])}
         layers |= {"": last, "_pre": in_fp32(outputs["pre_outputs"])}
@@ -75,13 +74,15 @@ class DFINECriterion(SetCriterion):
             [*layers.values()], [*selected.values()], targets
         )
         union = unite(matches + enc_matches)
-        union_divisor = average_count(len(union.query), divisor.device)
+        queries = last["pred_logits"][..., 0].numel()
+        numbers = [sum(counts), len(union.query), queries - len(union.query)]
+        boxes, matched, others = mean_counts(numbers, last["pred_logits"].device)
+        divisor = divisor_of(boxes)
         # Distillation weighs matched and other queries by the square roots of their numbers.
-        matched = len(union.query) ** 0.5
-        others = (last["pred_logits"][..., 0].numel() - len(union.query)) ** 0.5
-        share = matched / (matched + others)
+        share = matched.sqrt() / (matched.sqrt() + others.sqrt())
+        mixture = Mixture(share, divisor_of(matched), divisor_of(others))
         encode = outputs["distribution"].encode
-        shared = Shared.of(last, targets, union, union_divisor, encode, share)
+        shared = Shared.of(last, targets, union, divisor_of(matched), encode, mixture)
 
         losses = {}
         for (suffix, layer), match in zip(layers.items(), matches):
@@ -94,7 +95,11 @@ class DFINECriterion(SetCriterion):
             match = Matches.from_lists(denoising.positive, denoising.target, counts)
             layers = {f"_dn_{i}": in_fp32(x) for i, x in enumerate(outputs["dn_outputs"])}
             suffix, last = list(layers.items())[-1]
-            shared = Shared.of(last, targets, match, divisor, encode, share)
+            # Processes have equally many queries per image, but maybe not equally many images.
+            queries = mean_counts([last["pred_logits"][..., 0].numel()], divisor.device)[0]
+            matched = boxes * denoising.groups
+            mixture = Mixture(share, divisor_of(matched), divisor_of(queries - matched))
+            shared = Shared.of(last, targets, match, divisor, encode, mixture)
             layers["_dn_pre"] = in_fp32(outputs["dn_pre_outputs"])
             # Upstream lists what the teacher learns from itself, here only.
             losses[f"loss_ddf{suffix}"] = divisor.new_zeros(())
@@ -120,7 +125,7 @@ class DFINECriterion(SetCriterion):
             terms["fgl"] = fine_grained(layer, pairs, *shared.edges)
         losses |= self.weigh(terms, shared.divisor, suffix)
         if "pred_corners" in layer and layer is not shared.teacher:
-            ddf = distillation(layer, shared.teacher, pairs, shared.share, self.temperature)
+            ddf = distillation(layer, shared.teacher, pairs, shared.mixture, self.temperature)
             losses |= self.weigh({"ddf": ddf}, 1.0, suffix)
         return losses
 
@@ -139,6 +144,17 @@ class DFINECriterion(SetCriterion):
         return F.binary_cross_entropy_with_logits(logits, target, weight, reduction="sum")
 
 
+class Mixture(NamedTuple):
+    """How distillation mixes what matched and other queries learn.
+
+    The numbers are means over processes, so that DDP's mean is that of the joined batch.
+    """
+
+    share: Tensor | float  # of the matched queries
+    matched: Tensor | float  # their number
+    others: Tensor | float
+
+
 class Shared(NamedTuple):
     """What boxes and edges of several layers learn from."""
 
@@ -146,14 +162,14 @@ class Shared(NamedTuple):
     divisor: Tensor
     edges: tuple[Tensor, Tensor]  # the wanted left bins and shares of the right ones, (M, 4) each
     teacher: dict[str, Tensor]  # the last layer
-    share: float  # of the matched queries in the distillation
+    mixture: Mixture
 
     @classmethod
-    def of(cls, teacher, targets, match, divisor, encode, share) -> "Shared":
+    def of(cls, teacher, targets, match, divisor, encode, mixture) -> "Shared":
         """Compute the wanted edges, which are the same for all layers, around their first box."""
         pairs = pair(teacher, targets, match)
         first = teacher["ref_points"][pairs.match.image, pairs.match.query]
-        return cls(pairs.match, divisor, encode(first, pairs.wanted), teacher, share)
+        return cls(pairs.match, divisor, encode(first, pairs.wanted), teacher, mixture)
 
 
 def fine_grained(layer: dict[str, Tensor], pairs: Pairs, left: Tensor, right_share: Tensor):
@@ -173,11 +189,11 @@ def distillation(
     layer: dict[str, Tensor],
     teacher: dict[str, Tensor],
     pairs: Pairs,
-    share: float,
+    mixture: Mixture,
     temperature: float,
 ) -> Tensor:
-    """Divergence of all queries' edges from the teacher's: means over matched and other queries,
-    mixed by ``share``.
+    """Divergence of all queries' edges from the teacher's: means over matched and over other
+    queries, mixed.
 
     A query counts by the teacher's confidence or, if it is matched, by its own box's IoU.
     """
@@ -191,10 +207,8 @@ def distillation(
     weight = teacher["pred_logits"].detach().sigmoid().amax(-1)
     weight[matched] = pairs.iou
     loss = divergence * weight
-    positive = loss[matched]
     others = torch.ones_like(loss)
     others[matched] = 0.0
-    number = len(positive)
-    positive = positive.sum() / max(number, 1)
-    negative = (loss * others).sum() / max(loss.numel() - number, 1)
-    return share * positive + (1 - share) * negative
+    positive = loss[matched].sum() / mixture.matched
+    negative = (loss * others).sum() / mixture.others
+    return mixture.share * positive + (1 - mixture.share) * negative

@@ -14,15 +14,20 @@ from ..registry import CRITERION_REGISTRY
 from .matcher import HungarianMatcher, Matches
 
 
-def average_count(count: int, device: torch.device) -> Tensor:
-    """Mean over processes of a count whose sum is taken as at least 1.
+def mean_counts(counts: list[int], device: torch.device) -> Tensor:
+    """Means over processes of counts that each has of its own."""
+    means = torch.tensor(counts, dtype=torch.float32, device=device)
+    if comm.get_world_size() > 1:
+        torch.distributed.all_reduce(means)
+    return means / comm.get_world_size()
+
+
+def divisor_of(mean: Tensor) -> Tensor:
+    """A mean over processes of a count, with the sum taken as at least 1.
 
     With it as divisor, DDP's mean of the gradients is the gradient of the joined batch.
     """
-    total = torch.tensor(float(count), device=device)
-    if comm.get_world_size() > 1:
-        torch.distributed.all_reduce(total)
-    return total.clamp(min=1) / comm.get_world_size()
+    return mean.clamp(min=1 / comm.get_world_size())
 
 
 class Pairs(NamedTuple):
@@ -88,7 +93,7 @@ class SetCriterion(nn.Module):
 
     def losses(self, outputs: dict, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         counts = [len(t["labels"]) for t in targets]
-        divisor = average_count(sum(counts), outputs["pred_logits"].device)
+        divisor = divisor_of(mean_counts([sum(counts)], outputs["pred_logits"].device)[0])
         layers = [in_fp32(x) for x in (outputs, *outputs["aux_outputs"])]
         selected = [in_fp32(x) for x in outputs["enc_outputs"]]
         matches, enc_matches, enc_targets = self.match(layers, selected, targets)

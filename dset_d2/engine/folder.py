@@ -1,0 +1,70 @@
+"""The folder of a run: what a run leaves in it, and that one run at a time writes there."""
+
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from ..config import nearest
+
+logger = logging.getLogger(__name__)
+
+# What a run writes; the config only once its first step went well.
+CONFIG, LAST = "config.yaml", "last_checkpoint"
+WRITTEN = (
+    CONFIG,
+    LAST,
+    "model_*.pth",
+    "model_*.pth.tmp",
+    "metrics.json",
+    "events.out.tfevents.*",
+    "log.txt*",
+)
+
+
+@contextmanager
+def claimed(folder: Path, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Give a folder to one run, and keep others out of it until the process ends, however it does.
+
+    No run is lost or mixed with another. One that was killed before its first checkpoint starts
+    anew when it is resumed. But where no run ever was there is nothing to resume: the folder's
+    name is likely a mistake.
+
+    Raises:
+        ValueError: if another process has the folder, if it holds a run that shall neither go on
+            nor be replaced, or none that could be resumed.
+    """
+    begun = any(found for name in (CONFIG, LAST, "model_*.pth") for found in folder.glob(name))
+    if resume and not begun:
+        runs = [path.parent.name for path in folder.absolute().parent.glob(f"*/{LAST}")]
+        raise ValueError(f"{folder} holds no run to resume{nearest(folder.name, runs)}")
+    if begun and not (resume or overwrite):
+        raise ValueError(f"{folder} holds a run: --resume goes on with it, --overwrite replaces it")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as file:
+        lock(file)
+        if begun and not (resume and (folder / LAST).exists()):
+            if resume:
+                logger.warning("%s: the run has no checkpoint yet; it starts anew", folder)
+            for path in [path for name in WRITTEN for path in folder.glob(name)]:
+                path.unlink()
+        yield
+
+
+def lock(file: TextIO) -> None:
+    """Lock a file until it is closed or the process ends, and write the process's number to it."""
+    try:
+        # Of the process alone: data-loading workers that outlive it hold no part of the lock.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        folder = Path(file.name).parent
+        raise ValueError(f"{folder}: process {file.read()} is writing a run here") from None
+    except OSError as error:  # of file systems that have no locks
+        logger.warning("%s: no lock against other runs: %s", file.name, error.strerror)
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()

@@ -1,0 +1,272 @@
+"""What a run leaves in its folder: refused, resumed, extended, replaced, and errors in one line."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.data.datasets import register_coco_instances
+
+import dset_d2
+from dset_d2.engine import checkpointer
+from dset_d2.engine.folder import claimed
+from dset_d2.tools import lazyconfig_train_net
+from dset_d2.tools.common import UsageError
+from dset_d2.tools.lazyconfig_train_net import check_data_set_names
+
+from .test_launchers import TINY
+
+CONFIG = "configs/rtdetr/rtdetrv2_r18_custom.py"
+SETTINGS = [
+    *TINY,
+    "model.decoder.num_classes=2",
+    "train.max_iter=2",
+    "train.eval_period=2",
+    "train.checkpointer.period=1",
+    "train.checkpointer.max_to_keep=2",
+    "train.device=cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Two noisy images and a COCO file of them, registered as ``launcher_images``."""
+    folder = tmp_path_factory.mktemp("images")
+    entries, boxes = [], []
+    for i in range(2):
+        noise = np.random.default_rng(i).integers(256, size=(64, 96, 3), dtype=np.uint8)
+        cv2.imwrite(str(folder / f"{i}.png"), noise)
+        entries.append({"id": i, "file_name": f"{i}.png", "height": 64, "width": 96})
+        box = {"bbox": [20, 10, 40, 30], "area": 1200, "iscrowd": 0, "category_id": i + 1}
+        boxes.append({"id": i + 1, "image_id": i, **box})
+    categories = [{"id": 1, "name": "car"}, {"id": 2, "name": "bus"}]
+    content = {"images": entries, "annotations": boxes, "categories": categories}
+    (folder / "coco.json").write_text(json.dumps(content))
+    register_coco_instances("launcher_images", {}, str(folder / "coco.json"), str(folder))
+    return folder
+
+
+def launch(folder: Path, *options: str) -> None:
+    """Our launcher in this process."""
+    flags = [option for option in options if option.startswith("--")]
+    overrides = [option for option in options if not option.startswith("--")]
+    data = [f"dataloader.{part}.dataset.names=launcher_images" for part in ("train", "test")]
+    command = ["--config-file", CONFIG, *flags, *SETTINGS, *data, f"train.output_dir={folder}"]
+    with pytest.MonkeyPatch.context() as patch:
+        # Its handlers would write to the streams of a test that is over.
+        patch.setattr(lazyconfig_train_net, "setup_logger", lambda *_, **__: None)
+        lazyconfig_train_net.run([*command, *overrides])
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    launch(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(finished, tmp_path) -> Path:
+    """A finished run of two steps, two checkpoints and one evaluation."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def identities(folder: Path) -> dict[str, tuple[int, int]]:
+    """What identifies the files of a run."""
+    files = {path.name: path.stat() for path in folder.iterdir()}
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in files.items()}
+
+
+def refused(capsys, *arguments) -> str:
+    """The one line that a command ends in."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        launch(*arguments)
+    assert end.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    return error
+
+
+def read(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def test_final_evaluation_is_in_the_final_checkpoint(finished):
+    assert [m["iteration"] for m in metrics(finished) if "bbox/AP" in m] == [1]
+    best = read(finished / "model_final.pth")["trainer"]["hooks"]["BestCheckpointer"]
+    assert best["best_iter"] == 1 and best["best_metric"] >= 0
+    assert read(finished / "model_best.pth")["iteration"] == 1
+
+
+def test_finished_run_is_left_as_it_is(folder, caplog):
+    caplog.set_level("INFO")
+    before = {k: v for k, v in identities(folder).items() if k.endswith(".pth")}
+    lines = len(metrics(folder))
+    launch(folder, "--resume")
+    assert "This run is finished after 2 steps" in caplog.text
+    assert {k: v for k, v in identities(folder).items() if k.endswith(".pth")} == before
+    assert len(metrics(folder)) == lines
+
+
+def test_extended_run_remembers_the_best_and_takes_new_rates(folder, caplog):
+    """More checkpoints than shall be kept, as kills leave them, and half of one."""
+    for name in ("model_0000000.pth.tmp", "model_0000009.pth"):
+        (folder / name).write_bytes(b"")
+    os.utime(folder / "model_0000009.pth", (0, 0))
+    best = identities(folder)["model_best.pth"]
+    state = read(folder / "model_final.pth")
+    state["trainer"]["hooks"]["BestCheckpointer"]["best_metric"] = 99.0
+    torch.save(state, folder / "model_final.pth")
+    launch(
+        folder, "--resume", "train.max_iter=4", "optimizer.lr=1e-5", "optimizer.weight_decay=0.5"
+    )
+    assert identities(folder)["model_best.pth"] == best
+    assert "initial_lr 0.0001 -> 1e-05" in caplog.text
+    groups = read(folder / "model_final.pth")["trainer"]["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.5}
+    assert {group["initial_lr"] for group in groups} == {1e-5}
+    rates = [m["lr"] for m in metrics(folder) if "lr" in m]
+    assert len(rates) == 4 and max(rates[2:]) <= 1e-5 < min(rates[1:2])
+    names = sorted(path.name for path in folder.glob("model_*"))
+    kept = ["model_0000002.pth", "model_0000003.pth"]
+    assert names == [*kept, "model_best.pth", "model_final.pth"]
+
+
+def test_run_is_neither_replaced_nor_started_by_mistake(folder, capsys):
+    before = identities(folder)
+    error = refused(capsys, folder)
+    assert f"{folder} holds a run: --resume goes on with it, --overwrite replaces it" in error
+    assert identities(folder) == before
+    error = refused(capsys, folder.with_name("rum"), "--resume")
+    assert "rum holds no run to resume; close to it: run" in error
+    assert not folder.with_name("rum").exists()
+
+
+def test_run_that_fails_at_its_first_step_leaves_the_config(folder):
+    before = identities(folder)
+    options = ["--resume", "train.max_iter=9", "model.criterion.weights.giou=nan"]
+    with pytest.raises(FloatingPointError):
+        launch(folder, *options)
+    after = identities(folder)
+    assert after["config.yaml"] == before["config.yaml"]
+    assert {k for k in after if k.endswith(".pth")} == {k for k in before if k.endswith(".pth")}
+
+
+def test_overwriting_begins_anew(folder):
+    (folder / "model_0000007.pth").write_bytes(b"")
+    (folder / "notes.txt").write_text("the user's")
+    launch(folder, "--overwrite", "train.max_iter=1")
+    assert [m["iteration"] for m in metrics(folder)] == [0]
+    assert not (folder / "model_0000007.pth").exists() and (folder / "notes.txt").exists()
+
+
+def test_run_without_a_checkpoint_starts_anew_when_resumed(folder, caplog):
+    for path in (*folder.glob("model_*"), folder / "last_checkpoint"):
+        path.unlink()
+    launch(folder, "--resume", "train.max_iter=1")
+    assert "the run has no checkpoint yet; it starts anew" in caplog.text
+    assert [m["iteration"] for m in metrics(folder)] == [0]
+
+
+def test_two_runs_at_once(tmp_path, images, capsys):
+    code = (
+        "import sys, time; from pathlib import Path; from dset_d2.engine.folder import claimed\n"
+        "with claimed(Path(sys.argv[1]), False, False): print(flush=True); time.sleep(99)"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        error = refused(capsys, tmp_path)
+        assert f"{tmp_path}: process {other.pid} is writing a run here" in error
+    finally:
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    with claimed(tmp_path, False, False):  # what died holds no lock
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+
+
+def test_full_disk_ends_in_one_line(folder, capsys, monkeypatch):
+    def save(data: dict, file) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = identities(folder)
+    monkeypatch.setattr(checkpointer.torch, "save", save)
+    error = refused(capsys, folder, "--resume", "train.max_iter=9", "train.eval_period=9")
+    assert f"{folder}/model_0000002.pth: No space left on device" in error
+    after = identities(folder)
+    assert {k: v for k, v in after.items() if ".pth" in k} == {
+        k: v for k, v in before.items() if ".pth" in k
+    }
+    assert (folder / "last_checkpoint").read_text() == "model_final.pth"
+
+
+def test_what_is_wrong_is_named_before_the_first_step(tmp_path, images, finished, capsys):
+    (tmp_path / "page.pth").write_text("<html></html>")
+    names = "dataloader.test.dataset.names"
+    wrong = {
+        "train.max_iter=abc": "train.max_iter is a number, as 2",
+        f"{names}=launcher_image": "'launcher_image': set json_file and image_root, or names to a "
+        "registered one's; close to it: launcher_images",
+        "train.best_metric=bbox/AP5": "train.best_metric='bbox/AP5' is no metric; "
+        "close to it: bbox/AP75, bbox/AP50",
+        "model.encoder.in_features=[res3,res4,res6]": "in_features='res6' is not one of "
+        "['res3', 'res4', 'res5']",
+        f"train.init_checkpoint={finished}/model_bst.pth": "model_bst.pth: no such checkpoint; "
+        "close to it: model_best.pth",
+        f"train.init_checkpoint={finished}": f"did you mean {finished}/model_best.pth?",
+        f"train.init_checkpoint={tmp_path}/page.pth": "a web page, not a checkpoint",
+    }
+    for override, message in wrong.items():
+        error = refused(capsys, tmp_path / "new", override)
+        assert message in error, error
+        assert override.split("=")[0].split(".")[0] in error
+    assert not list((tmp_path / "new").glob("*.pth"))
+
+
+def test_misspelt_data_set_is_named():
+    cfg = dset_d2.get_config("configs/rtdetr/rtdetrv2_r18_roadside.py")
+    check_data_set_names(cfg)
+    cfg.dataloader.train.dataset.names = ["dair_v2x_i_train", "dair_v2x_i_trian"]
+    message = "dataloader.train.dataset.names=dair_v2x_i_trian: .* close to it: dair_v2x_i_train"
+    with pytest.raises(UsageError, match=message):
+        check_data_set_names(cfg)
+
+
+def test_metric_that_no_evaluation_gives_ends_the_run(tmp_path, images, monkeypatch):
+    """For evaluators whose metrics nobody knows before."""
+    monkeypatch.setattr(lazyconfig_train_net, "COCOEvaluator", ())
+    with pytest.raises(ValueError, match="train.best_metric='box/AP' is no metric; close to it"):
+        launch(tmp_path, "train.best_metric=box/AP", "train.max_iter=1")
+
+
+def test_configs_work_from_any_folder(tmp_path, images):
+    files = [f"json_file={images}/coco.json", f"image_root={images}"]
+    data = [f"dataloader.{part}.dataset.{file}" for part in ("train", "test") for file in files]
+    command = [sys.executable, "-W", "ignore", "-m", "dset_d2.tools.lazyconfig_train_net"]
+    command += ["--config-file", CONFIG, *SETTINGS, *data, "train.max_iter=1"]
+    root = str(Path(__file__).parents[2])
+    result = subprocess.run(
+        [*command, "train.output_dir=a=b"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (tmp_path / "a=b" / "model_final.pth").exists()
