@@ -1,6 +1,5 @@
 """What would end a run, or spoil it, hours after its start is looked for before its first step."""
 
-import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ..config import nearest
 from .reading import DataError, UnreadableImage, check_header, read_json
 
 logger = logging.getLogger(__name__)
@@ -63,10 +63,7 @@ def check_datasets(train: str | Sequence[str], test: str, num_classes: int | Non
 def categories(name: str) -> list[str]:
     """A data set's categories; loads it if these are not known before."""
     if name not in DatasetCatalog:
-        close = ", ".join(difflib.get_close_matches(name, DatasetCatalog.list(), n=3))
-        raise DataError(
-            f"no data set is named {name!r}" + (f"; close to it: {close}" * bool(close))
-        )
+        raise DataError(f"no data set is named {name!r}{nearest(name, DatasetCatalog.list())}")
     metadata = MetadataCatalog.get(name)
     if metadata.get("thing_classes") is None:
         DatasetCatalog.get(name)

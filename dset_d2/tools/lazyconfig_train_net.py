@@ -16,7 +16,7 @@ folders that hold one run each.
 import copy
 import logging
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
@@ -35,6 +35,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..checkpoint import load_initial, load_upstream
 from ..config import all_keys, find_config, nearest
+from ..data.checks import check_datasets, check_images, dataset_names
 from ..engine.checkpointer import AtomicCheckpointer
 from ..engine.ema import ModelEMA
 from ..engine.folder import CONFIG, LAST, claimed
@@ -60,20 +61,35 @@ logger = logging.getLogger("dset_d2")  # not __main__, which nobody listens to
 COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
-def check_data(cfg: DictConfig) -> Callable[[torch.nn.Module], dict]:
+def build_loader(cfg: DictConfig, part: str) -> Iterable:
+    """The config's loader for training or test, once its data set's image files were looked at."""
+    node = cfg.dataloader[part]
+    with usage_errors(f"the config's dataloader.{part}"):
+        if "dataset" not in node:  # an outside package's
+            return instantiate(node)
+        dataset = instantiate(node.dataset)
+        if comm.is_main_process():
+            check_images(dataset, node.mapper.get("skip_unreadable", False))
+        return instantiate({**node, "dataset": dataset})
+
+
+def check_data(cfg: DictConfig, trained: list[str]) -> Callable[[torch.nn.Module], dict]:
     """Build what evaluations use, so that what is wrong with it ends a run before its first step.
+
+    Args:
+        trained: names of the data sets of training, which are loaded.
 
     Returns:
         The evaluation of a model.
     """
-    check_data_set_names(cfg)
-    loader = build(cfg, "dataloader.test")
+    loader = build_loader(cfg, "test")
     evaluator = build(cfg, "dataloader.evaluator")
     if isinstance(evaluator, COCOEvaluator):
-        metadata = MetadataCatalog.get(cfg.dataloader.evaluator.dataset_name)
-        names = (*COCO_METRICS, *(f"AP-{name}" for name in metadata.get("thing_classes", ())))
+        name = cfg.dataloader.evaluator.dataset_name
         with usage_errors("the config"):
-            check_metric(cfg.train.best_metric, [f"bbox/{name}" for name in names])
+            check_datasets(trained, name, OmegaConf.select(cfg, "model.decoder.num_classes"))
+            classes = [f"AP-{category}" for category in MetadataCatalog.get(name).thing_classes]
+            check_metric(cfg.train.best_metric, [f"bbox/{x}" for x in (*COCO_METRICS, *classes)])
 
     def evaluate(model: torch.nn.Module) -> dict:
         results = inference_on_dataset(model, loader, evaluator)
@@ -89,7 +105,7 @@ def check_data_set_names(cfg: DictConfig) -> None:
         node, _, name = key.rpartition(".")
         names = OmegaConf.select(cfg, key) if name == "names" else None
         if OmegaConf.select(cfg, f"{node}.json_file") is not None:
-            continue  # the name is yet to be registered
+            continue  # coco_dataset may be yet to register it
         for name in [names] if isinstance(names, str) else names or []:
             if name not in DatasetCatalog:
                 close = nearest(name, DatasetCatalog.list())
@@ -114,7 +130,9 @@ def train(cfg: DictConfig, resume: bool) -> None:
     saved_cfg = copy.deepcopy(cfg)  # before the model is put into it
     output_dir = cfg.train.output_dir
     resumed = resume and Path(output_dir, LAST).exists()
-    evaluate = check_data(cfg)
+    check_data_set_names(cfg)
+    loader = build_loader(cfg, "train")
+    evaluate = check_data(cfg, dataset_names(cfg.dataloader.train.get("dataset", {})))
     model = build_model(cfg)
     logger.info("Model:\n%s", model)
     if cfg.train.init_checkpoint and not resumed:
@@ -125,7 +143,7 @@ def train(cfg: DictConfig, resume: bool) -> None:
     optimizer = instantiate(cfg.optimizer)
     parallel = create_ddp_model(model, **cfg.train.ddp)
     make_trainer = trainer_class(cfg.train.amp.enabled, cfg.train.device)
-    trainer = make_trainer(parallel, build(cfg, "dataloader.train"), optimizer)
+    trainer = make_trainer(parallel, loader, optimizer)
     averaged = {"ema": ema} if ema else {}
     checkpointer = AtomicCheckpointer(parallel, output_dir, trainer=trainer, **averaged)
     best = AtomicCheckpointer(parallel, output_dir, tag_last=False, **averaged)
@@ -201,7 +219,8 @@ def main(args: Namespace) -> None:
     if not args.eval_only:
         train(cfg, args.resume)
         return
-    evaluate = check_data(cfg)
+    check_data_set_names(cfg)
+    evaluate = check_data(cfg, [])
     model = build_model(cfg)
     with initial_weights(cfg):
         load_upstream(model, cfg.train.init_checkpoint, whole=True)
