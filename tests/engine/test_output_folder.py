@@ -238,6 +238,21 @@ def test_what_is_wrong_is_named_before_the_first_step(tmp_path, images, finished
     assert not list((tmp_path / "new").glob("*.pth"))
 
 
+def test_weights_that_do_not_fit_or_may_run_code_stop_it(tmp_path, images, capsys):
+    other, code = tmp_path / "other.pth", tmp_path / "code.pkl"
+    torch.save({"model": {"other.weight": torch.zeros(1)}}, other)
+    code.write_bytes(b"cos\nsystem\n(S'touch %s'\ntR." % bytes(tmp_path / "ran"))
+    start = "train.init_checkpoint="
+    folder = tmp_path / "new"
+    assert "none of its parameters fits the model" in refused(capsys, folder, f"{start}{other}")
+    assert "not a checkpoint that is safe to read" in refused(capsys, folder, f"{start}{code}")
+    assert not (tmp_path / "ran").exists()
+    error = refused(capsys, folder, "--eval-only", f"{start}{other}")
+    assert "other.pth does not fit the model" in error
+    error = refused(capsys, folder, "--eval-only")
+    assert "--eval-only needs train.init_checkpoint=FILE" in error
+
+
 def test_misspelt_data_set_is_named():
     cfg = dset_d2.get_config("configs/rtdetr/rtdetrv2_r18_roadside.py")
     check_data_set_names(cfg)
