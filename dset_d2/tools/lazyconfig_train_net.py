@@ -57,6 +57,7 @@ from .common import UsageError, build, build_model, entry_point, read_config, us
 
 logger = logging.getLogger("dset_d2")  # not __main__, which nobody listens to
 
+COCO_TASKS = ("bbox", "segm", "keypoints")
 COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
@@ -69,11 +70,12 @@ def check_data(cfg: DictConfig) -> Callable[[torch.nn.Module], dict]:
     check_data_set_names(cfg)
     loader = build(cfg, "dataloader.test")
     evaluator = build(cfg, "dataloader.evaluator")
-    if isinstance(evaluator, COCOEvaluator):
+    if type(evaluator) is COCOEvaluator:  # of others the first evaluation tells
         metadata = MetadataCatalog.get(cfg.dataloader.evaluator.dataset_name)
         names = (*COCO_METRICS, *(f"AP-{name}" for name in metadata.get("thing_classes", ())))
+        known = [f"{task}/{name}" for task in COCO_TASKS for name in names]
         with usage_errors("the config"):
-            check_metric(cfg.train.best_metric, [f"bbox/{name}" for name in names])
+            check_metric(cfg.train.best_metric, known)
 
     def evaluate(model: torch.nn.Module) -> dict:
         results = inference_on_dataset(model, loader, evaluator)
@@ -86,10 +88,10 @@ def check_data(cfg: DictConfig) -> Callable[[torch.nn.Module], dict]:
 def check_data_set_names(cfg: DictConfig) -> None:
     """Raise a :class:`UsageError` on a name of no data set, with the nearest."""
     for key in sorted(all_keys(cfg.dataloader, "dataloader.")):
-        node, _, name = key.rpartition(".")
-        names = OmegaConf.select(cfg, key) if name == "names" else None
-        if OmegaConf.select(cfg, f"{node}.json_file") is not None:
-            continue  # the name is yet to be registered
+        node, _, last = key.rpartition(".")
+        if last != "names" or OmegaConf.select(cfg, f"{node}.json_file") is not None:
+            continue  # the name that a file comes with may be new
+        names = OmegaConf.select(cfg, key)
         for name in [names] if isinstance(names, str) else names or []:
             if name not in DatasetCatalog:
                 close = nearest(name, DatasetCatalog.list())

@@ -223,7 +223,7 @@ def test_what_is_wrong_is_named_before_the_first_step(tmp_path, images, finished
         f"{names}=launcher_image": "'launcher_image': set json_file and image_root, or names to a "
         "registered one's; close to it: launcher_images",
         "train.best_metric=bbox/AP5": "train.best_metric='bbox/AP5' is no metric; "
-        "close to it: bbox/AP75, bbox/AP50",
+        "close to it: bbox/AP75, bbox/AP50, bbox/AP",
         "model.encoder.in_features=[res3,res4,res6]": "in_features='res6' is not one of "
         "['res3', 'res4', 'res5']",
         f"train.init_checkpoint={finished}/model_bst.pth": "model_bst.pth: no such checkpoint; "
@@ -264,7 +264,7 @@ def test_misspelt_data_set_is_named():
 
 def test_metric_that_no_evaluation_gives_ends_the_run(tmp_path, images, monkeypatch):
     """For evaluators whose metrics nobody knows before."""
-    monkeypatch.setattr(lazyconfig_train_net, "COCOEvaluator", ())
+    monkeypatch.setattr(lazyconfig_train_net, "COCOEvaluator", None)
     with pytest.raises(ValueError, match="train.best_metric='box/AP' is no metric; close to it"):
         launch(tmp_path, "train.best_metric=box/AP", "train.max_iter=1")
 
