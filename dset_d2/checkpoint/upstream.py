@@ -122,7 +122,8 @@ def load_initial(model: nn.Module, path: str | Path) -> None:
         ("of its keys have no place in the model", required(state) - fitting.keys()),
     ):
         if keys:
-            logger.warning("%s: %d %s: %s", name, len(keys), what, ", ".join(sorted(keys)))
+            some = sorted(keys)[:10] + ["..."] * (len(keys) > 10)
+            logger.warning("%s: %d %s: %s", name, len(keys), what, ", ".join(some))
     model.load_state_dict(fitting, strict=False)
 
 

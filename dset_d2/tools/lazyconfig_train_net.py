@@ -58,6 +58,7 @@ from .common import UsageError, build, build_model, entry_point, read_config, us
 
 logger = logging.getLogger("dset_d2")  # not __main__, which nobody listens to
 
+COCO_TASKS = ("bbox", "segm", "keypoints")
 COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
@@ -84,12 +85,14 @@ def check_data(cfg: DictConfig, trained: list[str]) -> Callable[[torch.nn.Module
     """
     loader = build_loader(cfg, "test")
     evaluator = build(cfg, "dataloader.evaluator")
-    if isinstance(evaluator, COCOEvaluator):
+    if type(evaluator) is COCOEvaluator:  # of others the first evaluation tells
         name = cfg.dataloader.evaluator.dataset_name
         with usage_errors("the config"):
             check_datasets(trained, name, OmegaConf.select(cfg, "model.decoder.num_classes"))
             classes = [f"AP-{category}" for category in MetadataCatalog.get(name).thing_classes]
-            check_metric(cfg.train.best_metric, [f"bbox/{x}" for x in (*COCO_METRICS, *classes)])
+            metrics = (*COCO_METRICS, *classes)
+            known = [f"{task}/{metric}" for task in COCO_TASKS for metric in metrics]
+            check_metric(cfg.train.best_metric, known)
 
     def evaluate(model: torch.nn.Module) -> dict:
         results = inference_on_dataset(model, loader, evaluator)
@@ -102,10 +105,10 @@ def check_data(cfg: DictConfig, trained: list[str]) -> Callable[[torch.nn.Module
 def check_data_set_names(cfg: DictConfig) -> None:
     """Raise a :class:`UsageError` on a name of no data set, with the nearest."""
     for key in sorted(all_keys(cfg.dataloader, "dataloader.")):
-        node, _, name = key.rpartition(".")
-        names = OmegaConf.select(cfg, key) if name == "names" else None
-        if OmegaConf.select(cfg, f"{node}.json_file") is not None:
-            continue  # coco_dataset may be yet to register it
+        node, _, last = key.rpartition(".")
+        if last != "names" or OmegaConf.select(cfg, f"{node}.json_file") is not None:
+            continue  # the name that a file comes with may be new
+        names = OmegaConf.select(cfg, key)
         for name in [names] if isinstance(names, str) else names or []:
             if name not in DatasetCatalog:
                 close = nearest(name, DatasetCatalog.list())

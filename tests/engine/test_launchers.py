@@ -186,24 +186,6 @@ def check_usage_error(result: subprocess.CompletedProcess, *wanted: str) -> None
     assert error.startswith("error: ") and all(text in error for text in wanted)
 
 
-def test_weights_that_do_not_fit_or_may_run_code_stop_it(datasets, tmp_path):
-    torch.save({"model": {"other.weight": torch.zeros(1)}}, tmp_path / "other.pth")
-    (tmp_path / "code.pkl").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
-    wanted = {
-        "other.pth": "none of its parameters fits the model",
-        "code.pkl": "not a checkpoint that is safe to read",
-    }
-    for name, message in wanted.items():
-        result = run(datasets, OURS, tmp_path, f"train.init_checkpoint={tmp_path}/{name}")
-        check_usage_error(result, f"{tmp_path}/{name}", message)
-    assert not (ROOT / "ran").exists()
-    result = run(datasets, OURS, tmp_path, "--eval-only")
-    check_usage_error(result, "--eval-only needs train.init_checkpoint")
-    options = ["--eval-only", f"train.init_checkpoint={tmp_path}/other.pth"]
-    result = run(datasets, OURS, tmp_path, *options)
-    check_usage_error(result, "other.pth does not fit the model")
-
-
 def test_non_finite_loss_stops_and_is_named(datasets, tmp_path):
     result = run(datasets, OURS, tmp_path, "model.criterion.weights.giou=nan", "train.max_iter=3")
     assert result.returncode != 0

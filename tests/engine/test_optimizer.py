@@ -40,7 +40,7 @@ def test_norms_and_biases_have_no_decay():
 def test_rates_from_the_command_line():
     for name, group in configured("optimizer.params.rules.backbone.factor=0.1").items():
         assert group["lr"] == pytest.approx(1e-5 if name.startswith("backbone.") else 1e-4)
-    with pytest.raises(KeyError, match="close to it: optimizer.params.rules.backbone.factor"):
+    with pytest.raises(ValueError, match="close to it: optimizer.params.rules.backbone.factor"):
         configured("optimizer.params.rules.backbon.factor=0.1")
 
 

@@ -223,7 +223,7 @@ def test_what_is_wrong_is_named_before_the_first_step(tmp_path, images, finished
         f"{names}=launcher_image": "'launcher_image': set json_file and image_root, or names to a "
         "registered one's; close to it: launcher_images",
         "train.best_metric=bbox/AP5": "train.best_metric='bbox/AP5' is no metric; "
-        "close to it: bbox/AP75, bbox/AP50",
+        "close to it: bbox/AP75, bbox/AP50, bbox/AP",
         "model.encoder.in_features=[res3,res4,res6]": "in_features='res6' is not one of "
         "['res3', 'res4', 'res5']",
         f"train.init_checkpoint={finished}/model_bst.pth": "model_bst.pth: no such checkpoint; "
@@ -238,6 +238,21 @@ def test_what_is_wrong_is_named_before_the_first_step(tmp_path, images, finished
     assert not list((tmp_path / "new").glob("*.pth"))
 
 
+def test_weights_that_do_not_fit_or_may_run_code_stop_it(tmp_path, images, capsys):
+    other, code = tmp_path / "other.pth", tmp_path / "code.pkl"
+    torch.save({"model": {"other.weight": torch.zeros(1)}}, other)
+    code.write_bytes(b"cos\nsystem\n(S'touch %s'\ntR." % bytes(tmp_path / "ran"))
+    start = "train.init_checkpoint="
+    folder = tmp_path / "new"
+    assert "none of its parameters fits the model" in refused(capsys, folder, f"{start}{other}")
+    assert "not a checkpoint that is safe to read" in refused(capsys, folder, f"{start}{code}")
+    assert not (tmp_path / "ran").exists()
+    error = refused(capsys, folder, "--eval-only", f"{start}{other}")
+    assert "other.pth does not fit the model" in error
+    error = refused(capsys, folder, "--eval-only")
+    assert "--eval-only needs train.init_checkpoint=FILE" in error
+
+
 def test_misspelt_data_set_is_named():
     cfg = dset_d2.get_config("configs/rtdetr/rtdetrv2_r18_roadside.py")
     check_data_set_names(cfg)
@@ -249,7 +264,7 @@ def test_misspelt_data_set_is_named():
 
 def test_metric_that_no_evaluation_gives_ends_the_run(tmp_path, images, monkeypatch):
     """For evaluators whose metrics nobody knows before."""
-    monkeypatch.setattr(lazyconfig_train_net, "COCOEvaluator", ())
+    monkeypatch.setattr(lazyconfig_train_net, "COCOEvaluator", None)
     with pytest.raises(ValueError, match="train.best_metric='box/AP' is no metric; close to it"):
         launch(tmp_path, "train.best_metric=box/AP", "train.max_iter=1")
 
