@@ -133,14 +133,15 @@ def train(cfg: DictConfig, resume: bool) -> None:
     saved_cfg = copy.deepcopy(cfg)  # before the model is put into it
     output_dir = cfg.train.output_dir
     resumed = resume and Path(output_dir, LAST).exists()
-    check_data_set_names(cfg)
-    loader = build_loader(cfg, "train")
-    evaluate = check_data(cfg, dataset_names(cfg.dataloader.train.get("dataset", {})))
     model = build_model(cfg)
     logger.info("Model:\n%s", model)
     if cfg.train.init_checkpoint and not resumed:
         with initial_weights(cfg):
             load_initial(model, cfg.train.init_checkpoint)
+    # Data last, as they take longest to load.
+    check_data_set_names(cfg)
+    loader = build_loader(cfg, "train")
+    evaluate = check_data(cfg, dataset_names(cfg.dataloader.train.get("dataset", {})))
     ema = build_ema(cfg, model)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
@@ -222,11 +223,11 @@ def main(args: Namespace) -> None:
     if not args.eval_only:
         train(cfg, args.resume)
         return
-    check_data_set_names(cfg)
-    evaluate = check_data(cfg, [])
     model = build_model(cfg)
     with initial_weights(cfg):
         load_upstream(model, cfg.train.init_checkpoint, whole=True)
+    check_data_set_names(cfg)
+    evaluate = check_data(cfg, [])
     evaluate(create_ddp_model(model, **cfg.train.ddp))
 
 

@@ -98,6 +98,7 @@ def test_pictures_of_a_data_set_and_of_files(tmp_path, monkeypatch):
     own += ["model.encoder.hidden_dim=128", "model.encoder.dim_feedforward=512"]
     own += ["model.decoder.hidden_dim=128", "model.decoder.dim_feedforward=512"]
     own += ["model.decoder.num_classes=8", "dataloader.image_size=[96,160]"]
+    own += ["dataloader.test.dataset.names=own_pictures"]  # another test has the config's name
     own += [f"dataloader.test.dataset.json_file={tmp_path}/val.json"]
     own += [f"dataloader.test.dataset.image_root={tmp_path}"]
     visualize.main(own)
