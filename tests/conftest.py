@@ -15,6 +15,23 @@ from detectron2.structures import Boxes, Instances
 import dset_d2
 from dset_d2.modeling.sparse import MemoryPruningConfig, MoEConfig, PruningConfig
 
+# The same on a command line; and a run of it on the generated scenes.
+NARROW = [
+    "model.encoder.hidden_dim=32",
+    "model.encoder.dim_feedforward=64",
+    "model.decoder.hidden_dim=32",
+    "model.decoder.dim_feedforward=64",
+    "model.decoder.num_queries=20",
+]
+TINY_RUN = [
+    *NARROW,
+    "dataloader.image_size=[64,96]",
+    "dataloader.train.total_batch_size=2",
+    "dataloader.train.num_workers=0",
+    "dataloader.test.num_workers=0",
+    "train.log_period=1",
+]
+
 
 def tiny_config(path: str = "configs/rtdetr/rtdetrv2_r18_coco.py"):
     """A config of the project, shrunk to what a CPU trains in moments."""

@@ -14,23 +14,16 @@ import torch
 from dset_d2.engine.optimizer import flat_cosine
 from dset_d2.synthetic import write_dataset
 
+from ..conftest import TINY_RUN
+
 ROOT = Path(__file__).parents[2]
 DENSE = "configs/rtdetr/rtdetrv2_r18_roadside.py"
 SPARSE = "projects/dset/configs/dset_r18_roadside.py"
 TINY = [
-    "model.encoder.hidden_dim=32",
-    "model.encoder.dim_feedforward=64",
-    "model.decoder.hidden_dim=32",
-    "model.decoder.dim_feedforward=64",
-    "model.decoder.num_queries=30",
+    *TINY_RUN,
     "model.decoder.num_denoising=10",
-    "dataloader.image_size=[64,96]",
-    "dataloader.train.total_batch_size=2",
-    "dataloader.train.num_workers=0",
-    "dataloader.test.num_workers=0",
     "dataloader.strong_augmentation_end=4",
     "lr_multiplier.warmup_iters=4",
-    "train.log_period=1",
 ]
 OURS = ["-m", "dset_d2.tools.lazyconfig_train_net"]
 STOCK = [str(Path(__file__).with_name("stock_launcher.py"))]

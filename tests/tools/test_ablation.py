@@ -5,21 +5,10 @@ import pytest
 from dset_d2.synthetic import write_dataset
 from dset_d2.tools import ablation
 
+from ..conftest import TINY_RUN
+
 DSET = "projects/dset/configs/dset_r18_roadside.py"
-TINY = [
-    "model.encoder.hidden_dim=32",
-    "model.encoder.dim_feedforward=64",
-    "model.decoder.hidden_dim=32",
-    "model.decoder.dim_feedforward=64",
-    "model.decoder.num_queries=30",
-    "dataloader.image_size=[64,96]",
-    "dataloader.train.total_batch_size=2",
-    "dataloader.train.num_workers=0",
-    "dataloader.test.num_workers=0",
-    "lr_multiplier.warmup_iters=1",
-    "train.max_iter=2",
-    "train.log_period=1",
-]
+TINY = [*TINY_RUN, "lr_multiplier.warmup_iters=1", "train.max_iter=2"]
 
 
 def test_variants_are_trained_once_and_set_side_by_side(tmp_path, monkeypatch, capsys):

@@ -13,15 +13,10 @@ from dset_d2.config import apply_overrides
 from dset_d2.data.mapper import DETRMapper
 from dset_d2.tools import analyze
 
+from ..conftest import NARROW
+
 R18 = "configs/rtdetr/rtdetrv2_r18_coco.py"
-TINY = [
-    "model.encoder.hidden_dim=32",
-    "model.encoder.dim_feedforward=64",
-    "model.decoder.hidden_dim=32",
-    "model.decoder.dim_feedforward=64",
-    "model.decoder.num_queries=20",
-    "train.device=cpu",
-]
+TINY = [*NARROW, "train.device=cpu"]
 SMALL = ["dataloader.image_size=[64,64]"]
 
 

@@ -4,21 +4,16 @@ import pytest
 
 from dset_d2.tools import benchmark
 
+from ..conftest import NARROW
+
 R18 = "configs/rtdetr/rtdetrv2_r18_coco.py"
-TINY = [
-    "model.encoder.hidden_dim=32",
-    "model.encoder.dim_feedforward=64",
-    "model.decoder.hidden_dim=32",
-    "model.decoder.dim_feedforward=64",
-    "model.decoder.num_queries=20",
-]
 
 
 def run(tmp_path, *arguments):
     output = tmp_path / "benchmark.json"
     benchmark.main(
         ["--config-file", *arguments, "--device", "cpu", "--rounds", "3"]
-        + ["--output", str(output), *TINY]
+        + ["--output", str(output), *NARROW]
     )
     return json.loads(output.read_text())
 

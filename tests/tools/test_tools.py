@@ -14,16 +14,11 @@ from dset_d2.data import dair_v2x
 from dset_d2.synthetic import write_dataset
 from dset_d2.tools import analyze, benchmark, convert_checkpoint, dair_v2x_to_coco, visualize
 
+from ..conftest import NARROW
+
 ROADSIDE = "configs/rtdetr/rtdetrv2_r18_roadside.py"
 SPARSE = "projects/dset/configs/dset_r18_roadside.py"
-TINY = [
-    "model.encoder.hidden_dim=32",
-    "model.encoder.dim_feedforward=64",
-    "model.decoder.hidden_dim=32",
-    "model.decoder.dim_feedforward=64",
-    "model.decoder.num_queries=20",
-    "dataloader.image_size=[64,96]",
-]
+TINY = [*NARROW, "dataloader.image_size=[64,96]"]
 SPLIT = ["--root", "side", "--split-file", "split.json", "--split", "val"]
 # By tool: a command line, and what of it --output must not replace.
 COMMANDS = {
