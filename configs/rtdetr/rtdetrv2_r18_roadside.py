@@ -28,11 +28,11 @@ lr_multiplier = L(flat_cosine)(max_iter="${train.max_iter}", warmup_iters=50, fl
 train.update(
     output_dir="./output/rtdetrv2_r18_roadside",
     seed=0,
-    max_iter=7 * epoch,
-    eval_period=4 * epoch,
+    max_iter=6 * epoch,
+    eval_period=3 * epoch,
     epoch_iters=epoch,
     best_metric="bbox/AP50",
     log_period=10,
 )
-train.checkpointer.period = 4 * epoch
+train.checkpointer.period = 3 * epoch
 train.ema.update(decay=0.98, warmup=50)
