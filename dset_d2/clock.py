@@ -71,11 +71,14 @@ class TrainingClock(nn.Module):
 
     Checkpoints, averaged weights and foreign training loops therefore agree on it. A step is a
     step of an optimizer that holds parameters of the clock's model, whatever forwards it took:
-    a hook on all optimizers counts them (:func:`count_step`).
+    a hook on all optimizers counts them (:func:`count_step`). Several optimizers that step after
+    one forward make one step.
 
     Attributes:
         steps: the buffer; stays on the CPU wherever the model goes.
-        step: its value, which may be read without a wait and inside of compiled graphs.
+        step: its value, which may be read without a wait and inside of compiled graphs; these are
+            compiled anew when it changes.
+        due: whether the model was trained on since the last step.
     """
 
     _leader = None  # weak reference to the clock that data-loading workers follow
@@ -84,6 +87,7 @@ class TrainingClock(nn.Module):
         super().__init__()
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.step = 0
+        self.due = False
         self.register_load_state_dict_post_hook(TrainingClock.read)
 
     def read(self, *_) -> None:
@@ -118,6 +122,7 @@ def begin_training(model: nn.Module, clock: TrainingClock) -> None:
     """Count a model's steps from now on, and show them to the data-loading workers."""
     if model not in _training:
         _training[model] = clock
+        _trained_by.clear()  # optimizers may hold it as well
         clock.lead()
 
 
@@ -125,17 +130,18 @@ def count_step(optimizer: Optimizer, *_) -> None:
     """Tick the clocks of the models that an optimizer trains, after its step."""
     clocks = _trained_by.get(optimizer)
     if clocks is None:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         clocks = [
             ref(clock)
             for model, clock in _training.items()
-            if any(id(p) in held for p in model.parameters())
+            if any(id(p) in known for p in model.parameters())
         ]
         if clocks:  # else its model may still begin to train
             _trained_by[optimizer] = clocks
-    for clock in clocks:
-        if clock() is not None:
-            clock().tick()
+    for clock in filter(None, (weak() for weak in clocks)):
+        if clock.due:
+            clock.due = False
+            clock.tick()
 
 
 register_optimizer_step_post_hook(count_step)

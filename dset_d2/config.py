@@ -79,7 +79,8 @@ def apply_overrides(cfg: DictConfig, overrides: list[str]) -> DictConfig:
         after = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
         if isinstance(after, str):
             for kind, name in KINDS.items():
-                if isinstance(before, kind):
+                # Names of data sets may be one or a list.
+                if isinstance(before, kind) and not (kind is ListConfig and key.endswith("names")):
                     raise ValueError(f"override {override!r}: {key} is {name}, as {before}")
     return cfg
 

@@ -9,31 +9,44 @@ from torch import Tensor
 
 from .modeling.context import Record
 from .modeling.sparse import MoERecord, PruningRecord
+from .modeling.tokens import TokenMap
 
 PALETTE = (np.array(matplotlib.colormaps["tab10"].colors) * 255).astype(np.uint8)  # one per expert
 
 
-def upscale(cells: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(h, w[, C]) per cell -> (height, width[, C]) per pixel, without blending."""
-    return cv2.resize(cells, (width, height), interpolation=cv2.INTER_NEAREST)
+def upscale(cells: np.ndarray, height: int, width: int, fill=(1.0, 1.0)) -> np.ndarray:
+    """(h, w[, C]) per cell -> (height, width[, C]) per pixel, without blending.
+
+    Args:
+        fill: share of the map's width and height that is image; the rest is padding.
+    """
+    size = round(width / fill[0]), round(height / fill[1])
+    return cv2.resize(cells, size, interpolation=cv2.INTER_NEAREST)[:height, :width]
 
 
-def draw_kept(image: np.ndarray, shape: tuple[int, int], kept: np.ndarray) -> np.ndarray:
+def draw_kept(
+    image: np.ndarray, shape: tuple[int, int], kept: np.ndarray, fill=(1.0, 1.0)
+) -> np.ndarray:
     """Darken the cells of pruned tokens.
 
     Args:
         image: (H, W, 3) uint8.
         shape: (h, w) of the token map.
         kept: (K,) row-major indices of the kept tokens.
+        fill: see :func:`upscale`.
     """
     light = np.full(shape, 0.25, np.float32)
     light.reshape(-1)[kept] = 1.0
-    light = upscale(light, *image.shape[:2])[..., None]
+    light = upscale(light, *image.shape[:2], fill)[..., None]
     return (image * light).astype(np.uint8)
 
 
 def draw_experts(
-    image: np.ndarray, shape: tuple[int, int], tokens: np.ndarray, experts: np.ndarray
+    image: np.ndarray,
+    shape: tuple[int, int],
+    tokens: np.ndarray,
+    experts: np.ndarray,
+    fill=(1.0, 1.0),
 ) -> np.ndarray:
     """Colour every token's cell by the expert with its largest gate.
 
@@ -42,10 +55,11 @@ def draw_experts(
         shape: (h, w) of the token map.
         tokens: (K,) row-major indices of the tokens that were routed.
         experts: (K,) their experts.
+        fill: see :func:`upscale`.
     """
     colours = np.zeros((shape[0] * shape[1], 3), np.uint8)
     colours[tokens] = PALETTE[experts % len(PALETTE)]
-    colours = upscale(colours.reshape(*shape, 3), *image.shape[:2])
+    colours = upscale(colours.reshape(*shape, 3), *image.shape[:2], fill)
     routed = colours.any(-1, keepdims=True)
     return np.where(routed, image // 2 + colours // 2, image // 4)
 
@@ -61,14 +75,20 @@ def sparsity_pictures(image: np.ndarray, records: dict[str, Record]) -> dict[str
     for name, record in records.items():
         place = name.partition("/")[2]
         if isinstance(record, PruningRecord):
-            shape, kept = record.where.shape, record.kept_cells()[0].nonzero().flatten()
-            pictures[f"kept_{place}"] = draw_kept(image, shape, kept.cpu().numpy())
+            where, kept = record.where, record.kept_cells()[0].nonzero().flatten().cpu().numpy()
+            pictures[f"kept_{place}"] = draw_kept(image, where.shape, kept, fill_of(where))
         elif isinstance(record, MoERecord) and record.tokens is not None:
             shape, index = record.tokens.shape, record.tokens.index
             cells = np.arange(shape[0] * shape[1]) if index is None else index[0].cpu().numpy()
             experts = record.routing.experts[:, 0].cpu().numpy()
-            pictures[f"expert_{place}"] = draw_experts(image, shape, cells, experts)
+            fill = fill_of(record.tokens)
+            pictures[f"expert_{place}"] = draw_experts(image, shape, cells, experts, fill)
     return pictures
+
+
+def fill_of(where: TokenMap) -> tuple[float, float]:
+    """Share of a map's width and height that the first image fills."""
+    return (1.0, 1.0) if where.padding is None else tuple(where.padding.ratio[0].tolist())
 
 
 def plot_routing(statistics: dict[str, dict[str, Tensor]]) -> Figure:

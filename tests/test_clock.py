@@ -49,6 +49,25 @@ def test_an_optimizer_step_is_a_step_whatever_forwards_it_took(make_optimizer):
     assert (model.clock.step, other.clock.step) == (3, 1)
 
 
+def test_several_optimizers_of_one_forward_make_one_step():
+    model = tiny_model().train()
+    parts = [plain(part) for part in (model.encoder, model.decoder)]
+    for step in range(1, 3):
+        losses(model).backward()
+        for optimizer in parts:
+            optimizer.step()
+        assert model.clock.step == step
+
+
+def test_a_model_that_an_optimizer_gets_later_is_counted():
+    first, second = tiny_model().train(), tiny_model().train()
+    optimizer = plain(torch.nn.ModuleList([first, second]))
+    for model in (first, second, second):
+        losses(model).backward()
+        optimizer.step()
+    assert (first.clock.step, second.clock.step) == (1, 2)
+
+
 def test_workers_follow_the_model_that_trains():
     """Also before its first step, when a run is resumed; and no other model that is loaded."""
     model, teacher = tiny_model().train(), tiny_model()

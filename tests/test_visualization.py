@@ -32,6 +32,20 @@ def test_cells_have_their_experts_colour():
     assert (drawn[:20, :20] == 50).all()  # not routed
 
 
+def test_padding_is_cut_off_before_cells_are_drawn():
+    """40 x 160 pixels in a map of 2 x 5 cells: the second row of cells begins at pixel 32."""
+    model = sparse_model(keep_ratio=0.5, min_tokens=1)
+    with forward_context(record=True) as context, torch.no_grad():
+        model(make_inputs([(40, 160)]))
+    image = np.full((40, 160, 3), 200, np.uint8)
+    drawn = sparsity_pictures(image, context.records)["kept_encoder_0"]
+    kept = context.records["pruning/encoder_0"].kept_cells()[0].view(2, 5)
+    assert kept.any() and not kept.all()
+    rows = np.array([0] * 32 + [1] * 8)
+    light = kept.numpy()[rows][:, np.arange(160) // 32]
+    np.testing.assert_array_equal(drawn[..., 0] == 200, light)
+
+
 def run(placement: str) -> tuple[dict, dict[str, np.ndarray]]:
     """What a model leaves of an image with 4 x 6 tokens, and the pictures of it."""
     model = sparse_model(keep_ratio=0.5, placement=placement)

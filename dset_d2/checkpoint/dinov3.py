@@ -46,6 +46,7 @@ def load_dinov3(model: nn.Module, source: str | Path | dict, name: str = "state 
         raise ValueError(f"DINOv3's weights do not fit a {type(backbone).__name__}")
     if not isinstance(source, dict):
         source, name = read_state_dict(source, weights_hint(model)), str(source)
+    source = {key.removeprefix("adapter."): value for key, value in source.items()}  # ours
     vit = {k.removeprefix("dinov3."): v for k, v in source.items() if not ADAPTER.match(k)}
     adapter = {k: v for k, v in source.items() if ADAPTER.match(k)}
     depth = len(backbone.dinov3.blocks)

@@ -24,10 +24,18 @@ def dataset_names(node: Mapping) -> list[str]:
     """
     while "dataset" in node:
         node = node["dataset"]
-    names = node.get("names", node.get("name", ()))
-    if "names" in node and not names:
+    if target_name(node) not in ("get_detection_dataset_dicts", "coco_dataset"):
+        return []
+    names = node["names"]
+    if not names:
         raise DataError(f"names={names}: names no data set")
     return [names] if isinstance(names, str) else list(names)
+
+
+def target_name(node: Mapping) -> str:
+    """The name of what a config's node makes, without its module."""
+    target = node.get("_target_", "")
+    return getattr(target, "__name__", str(target)).rpartition(".")[2]
 
 
 def check_datasets(train: str | Sequence[str], test: str, num_classes: int | None = None) -> None:

@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,17 +13,20 @@ from ..config import nearest
 
 logger = logging.getLogger(__name__)
 
-# What a run writes; the config only once its first step went well.
 CONFIG, LAST = "config.yaml", "last_checkpoint"
-WRITTEN = (
-    CONFIG,
-    LAST,
-    "model_*.pth",
-    "model_*.pth.tmp",
-    "metrics.json",
-    "events.out.tfevents.*",
-    "log.txt*",
-)
+WEIGHTS = re.compile(r"model_(\d{7}|best|final)\.pth(\.tmp)?")
+
+
+def written(folder: Path) -> list[Path]:
+    """The files of a run, by names that nothing else should have; the log goes on."""
+    names = (CONFIG, LAST, "metrics.json")
+    return [
+        path
+        for path in folder.glob("*")
+        if path.name in names
+        or WEIGHTS.fullmatch(path.name)
+        or path.name.startswith("events.out.tfevents.")
+    ]
 
 
 @contextmanager
@@ -37,20 +41,22 @@ def claimed(folder: Path, resume: bool, overwrite: bool) -> Iterator[None]:
         ValueError: if another process has the folder, if it holds a run that shall neither go on
             nor be replaced, or none that could be resumed.
     """
-    begun = any(found for name in (CONFIG, LAST, "model_*.pth") for found in folder.glob(name))
-    if resume and not begun:
+    marks = {path.name for path in written(folder)} - {"metrics.json"}
+    if resume and not marks:
         runs = [path.parent.name for path in folder.absolute().parent.glob(f"*/{LAST}")]
         raise ValueError(f"{folder} holds no run to resume{nearest(folder.name, runs)}")
-    if begun and not (resume or overwrite):
+    if resume and LAST not in marks and "model_best.pth" in marks:
+        raise ValueError(
+            f"{folder} holds no checkpoint to resume from, but model_best.pth: "
+            "start from that in another folder, or replace it by --overwrite"
+        )
+    if marks and not (resume or overwrite):
         raise ValueError(f"{folder} holds a run: --resume goes on with it, --overwrite replaces it")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+") as file:
         lock(file)
-        if begun and not (resume and (folder / LAST).exists()):
-            if resume:
-                logger.warning("%s: the run has no checkpoint yet; it starts anew", folder)
-            for path in [path for name in WRITTEN for path in folder.glob(name)]:
-                path.unlink()
+        if resume and LAST not in marks:
+            logger.warning("%s: the run has no checkpoint yet; it starts anew", folder)
         yield
 
 

@@ -30,6 +30,8 @@ from .ema import ModelEMA
 
 logger = logging.getLogger(__name__)
 
+NUMBERED = r"model_\d{7}\.pth"
+
 
 def is_due(trainer: TrainerBase, period: int) -> bool:
     """Whether something is to happen now that happens every ``period`` steps and after the last.
@@ -167,15 +169,14 @@ class Evaluation(HookBase):
         if not is_due(self.trainer, self.period):
             return
         results = flatten_results_dict(self.evaluate())
-        if results:
-            check_metric(self.metric, results)
+        if results and self.metric not in results:
+            logger.warning("%s", no_metric(self.metric, results))
         self.trainer.storage.put_scalars(**results, smoothing_hint=False)
         comm.synchronize()
 
 
-def check_metric(metric: str, known: Iterable[str]) -> None:
-    if metric not in known:
-        raise ValueError(f"train.best_metric={metric!r} is no metric{nearest(metric, known)}")
+def no_metric(metric: str, known: Iterable[str]) -> str:
+    return f"train.best_metric={metric!r} is no metric{nearest(metric, known)}"
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
@@ -188,10 +189,28 @@ class BestCheckpointer(hooks.BestCheckpointer):
     def after_train(self) -> None:
         pass
 
+    def _best_checking(self) -> None:
+        value, iteration = self.trainer.storage.latest().get(self._val_metric, (math.nan, -1))
+        best = -math.inf if self.best_metric is None else self.best_metric
+        if iteration == self.trainer.iter and value > best:
+            self.best_metric, self.best_iter = value, iteration
+            state = {"iteration": iteration, "best": self.state_dict()}
+            self._checkpointer.save(self._file_prefix, **state)
+            logger.info("Best %s so far: %.4f", self._val_metric, value)
+
     def state_dict(self) -> dict:
         return {"best_metric": self.best_metric, "best_iter": self.best_iter}
 
     def load_state_dict(self, state: dict) -> None:
+        # The best may have been found after the checkpoint that the run resumes from.
+        path = Path(self._checkpointer.save_dir, f"{self._file_prefix}.pth")
+        if path.exists():
+            saved = torch.load(path, map_location="cpu", weights_only=True).get("best")
+            state = max(
+                (s for s in (state, saved) if s and s["best_metric"] is not None),
+                key=lambda s: s["best_metric"],
+                default=state,
+            )
         self.best_metric = state["best_metric"]
         self.best_iter = state["best_iter"]
 
@@ -220,10 +239,11 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
         for path in folder.glob("model_*.pth.tmp"):  # of a run that was killed
             path.unlink()
         last = Path(self.checkpointer.get_checkpoint_file()).name
-        found = [path for path in folder.glob("model_[0-9]*.pth") if path.name != last]
+        numbered = [p for p in folder.glob("model_*.pth") if re.fullmatch(NUMBERED, p.name)]
+        found = [path for path in numbered if path.name != last]
         if self.keep:
             found.sort(key=lambda path: path.stat().st_mtime)
-            spared = self.keep - bool(re.match(r"model_\d", last))
+            spared = self.keep - bool(re.fullmatch(NUMBERED, last))
             for path in found[: max(0, len(found) - spared)]:
                 path.unlink()
 

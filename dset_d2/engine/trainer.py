@@ -44,6 +44,13 @@ class _OurTrainer:
         Loading would bring back rates and decay, against what ``--resume optimizer.lr=...`` says.
         """
         groups = self.optimizer.param_groups
+        saved = len(state["optimizer"]["param_groups"])
+        if saved != len(groups):
+            raise ValueError(
+                f"the checkpoint's optimizer has {saved} groups of parameters with equal rates and "
+                f"decay, the config's {len(groups)}: a resumed run can change these, but not merge "
+                "or split the groups"
+            )
         own = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         super().load_state_dict(state)
         changed = set()

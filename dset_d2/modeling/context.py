@@ -5,13 +5,13 @@ alone, so the rest cannot be handed down as arguments; as with Detectron2's ``Ev
 detector opens a context around a forward, and sparse parts look at the innermost one::
 
     with forward_context(record=True) as context:
-        model(inputs)
+        model([inputs])  # one forward: records of a second one would bear the same names
     context.records  # {"pruning/encoder_0": PruningRecord(...), "moe/decoder_1": MoERecord(...)}
 """
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import Protocol
 
@@ -135,23 +135,26 @@ def forward_context(*, record: bool = False, **changes) -> Iterator[ForwardConte
         _stack.contexts.pop()
 
 
-def checkpoint_contexts():
+class _Again:
+    """Enters a context once more, as often as a graph is run backwards; records nothing."""
+
+    def __init__(self, context: ForwardContext) -> None:
+        self.context = replace(context, records=None)
+
+    def __enter__(self) -> None:
+        _stack.contexts.append(self.context)
+
+    def __exit__(self, *exception) -> None:
+        _stack.contexts.pop()
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
     """``context_fn`` of :func:`torch.utils.checkpoint.checkpoint`.
 
     The backward pass runs a block again when its context has ended: under the same settings, and
     recording nothing a second time.
     """
-    here = current()
-
-    @contextmanager
-    def again() -> Iterator[None]:
-        _stack.contexts.append(replace(here, records=None))
-        try:
-            yield
-        finally:
-            _stack.contexts.pop()
-
-    return nullcontext(), again()
+    return nullcontext(), _Again(current())
 
 
 # Names of parts, and the knobs that they have.

@@ -3,7 +3,8 @@
 Optimizers and DDP take their parameters once, before training; freezing by ``requires_grad`` in
 the middle of a run reaches neither. Instead a dormant parameter takes part from the start: no
 gradient flows to it, DDP gets zeros in its place, and the optimizer drops those zeros before its
-step (:func:`dset_d2.engine.optimizer.build_adamw`). AdamW passes over a parameter without a
+step (:func:`dset_d2.engine.optimizer.build_adamw`), as it does those that come where low-rank
+updates in front are trained. AdamW passes over a parameter without a
 gradient, whereas one of zeros would decay its weight and age its moments.
 """
 

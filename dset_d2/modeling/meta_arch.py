@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from ..clock import TrainingClock, begin_training
-from .context import ForwardContext, Knobs, Record, forward_context, name_parts
+from .context import ForwardContext, Knobs, Record, current, forward_context, name_parts
 from .tokens import Padding
 
 LOG_PERIOD = 20  # training steps between two looks at the sparse parts, which a GPU waits for
@@ -97,13 +97,11 @@ class MetaArch(nn.Module):
         Raises:
             ValueError: on a knob that the model has no part for, or beyond its range.
         """
-        changes = {}
-        if knobs is not None:
-            knobs.check(self.knob_limits)
-            changes["knobs"] = knobs
+        knobs = current().knobs if knobs is None else knobs
+        knobs.check(self.knob_limits)
         # A model that no step has trained predicts as configured, not as at a schedule's start.
         step = self.clock.step if self.training or self.clock.step else None
-        return forward_context(record=record, step=step, **changes)
+        return forward_context(record=record, step=step, knobs=knobs)
 
     def forward(
         self, batched_inputs: list[dict], knobs: Knobs | list[Knobs | None] | None = None
@@ -215,7 +213,8 @@ class MetaArch(nn.Module):
         """
         if self.training:
             begin_training(self, self.clock)
-        with self.context(record=True) as context:
+            self.clock.due = True
+        with self.context(Knobs(), record=True) as context:
             losses = self.losses(images, targets, padding)
         with torch.autocast(self.device.type, enabled=False):
             losses |= record_losses(context.records, targets)

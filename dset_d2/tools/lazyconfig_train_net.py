@@ -34,11 +34,11 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 
 from ..checkpoint import load_initial, load_upstream
-from ..config import all_keys, find_config, nearest
-from ..data.checks import check_datasets, check_images, dataset_names
+from ..config import find_config, nearest
+from ..data.checks import check_datasets, check_images, dataset_names, target_name
 from ..engine.checkpointer import AtomicCheckpointer
 from ..engine.ema import ModelEMA
-from ..engine.folder import CONFIG, LAST, claimed
+from ..engine.folder import CONFIG, LAST, claimed, written
 from ..engine.hooks import (
     BestCheckpointer,
     ConfigSaver,
@@ -49,7 +49,7 @@ from ..engine.hooks import (
     PeriodicCheckpointer,
     SparsityPictures,
     StatisticsHook,
-    check_metric,
+    no_metric,
 )
 from ..engine.trainer import trainer_class
 from ..files import disk_error
@@ -58,7 +58,6 @@ from .common import UsageError, build, build_model, entry_point, read_config, us
 
 logger = logging.getLogger("dset_d2")  # not __main__, which nobody listens to
 
-COCO_TASKS = ("bbox", "segm", "keypoints")
 COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
@@ -66,10 +65,10 @@ def build_loader(cfg: DictConfig, part: str) -> Iterable:
     """The config's loader for training or test, once its data set's image files were looked at."""
     node = cfg.dataloader[part]
     with usage_errors(f"the config's dataloader.{part}"):
-        if "dataset" not in node:  # an outside package's
-            return instantiate(node)
+        if "dataset" not in node or target_name(node.get("mapper", {})) != "DETRMapper":
+            return instantiate(node)  # an outside package's, which may read anything
         dataset = instantiate(node.dataset)
-        if comm.is_main_process():
+        if comm.is_main_process() and hasattr(dataset, "__len__"):
             check_images(dataset, node.mapper.get("skip_unreadable", False))
         return instantiate({**node, "dataset": dataset})
 
@@ -89,10 +88,12 @@ def check_data(cfg: DictConfig, trained: list[str]) -> Callable[[torch.nn.Module
         name = cfg.dataloader.evaluator.dataset_name
         with usage_errors("the config"):
             check_datasets(trained, name, OmegaConf.select(cfg, "model.decoder.num_classes"))
-            classes = [f"AP-{category}" for category in MetadataCatalog.get(name).thing_classes]
-            metrics = (*COCO_METRICS, *classes)
-            known = [f"{task}/{metric}" for task in COCO_TASKS for metric in metrics]
-            check_metric(cfg.train.best_metric, known)
+        classes = MetadataCatalog.get(name).thing_classes
+        metrics = [*COCO_METRICS, *(f"AP-{x}" for x in classes if len(classes) > 1)]
+        tasks = cfg.dataloader.evaluator.get("tasks") or ["bbox"]
+        known = [f"{task}/{metric}" for task in tasks for metric in metrics]
+        if cfg.train.best_metric not in known:
+            raise UsageError(no_metric(cfg.train.best_metric, known))
 
     def evaluate(model: torch.nn.Module) -> dict:
         results = inference_on_dataset(model, loader, evaluator)
@@ -104,15 +105,20 @@ def check_data(cfg: DictConfig, trained: list[str]) -> Callable[[torch.nn.Module
 
 def check_data_set_names(cfg: DictConfig) -> None:
     """Raise a :class:`UsageError` on a name of no data set, with the nearest."""
-    for key in sorted(all_keys(cfg.dataloader, "dataloader.")):
-        node, _, last = key.rpartition(".")
-        if last != "names" or OmegaConf.select(cfg, f"{node}.json_file") is not None:
+    for part in ("train", "test"):
+        node = cfg.dataloader[part].get("dataset", {})
+        key = f"dataloader.{part}.dataset.names"
+        with usage_errors(key):
+            names = dataset_names(node)
+        if node.get("json_file") is not None:
             continue  # the name that a file comes with may be new
-        names = OmegaConf.select(cfg, key)
-        for name in [names] if isinstance(names, str) else names or []:
+        for name in names:
             if name not in DatasetCatalog:
                 close = nearest(name, DatasetCatalog.list())
                 raise UsageError(f"{key}={name}: no data set has this name{close}")
+    name = OmegaConf.select(cfg, "dataloader.evaluator.dataset_name")
+    if OmegaConf.is_list(name):
+        raise UsageError(f"dataloader.test: {name}: an evaluator scores one data set, not a list")
 
 
 def build_ema(cfg: DictConfig, model: torch.nn.Module) -> ModelEMA | None:
@@ -122,7 +128,8 @@ def build_ema(cfg: DictConfig, model: torch.nn.Module) -> ModelEMA | None:
 
 def sparsity_pictures(cfg: DictConfig, model: torch.nn.Module) -> SparsityPictures | None:
     """Pictures of the first test image for TensorBoard, if the model has anything sparse."""
-    if not any(isinstance(module, MoE | TokenPruner) for module in model.modules()):
+    sparse = any(isinstance(module, MoE | TokenPruner) for module in model.modules())
+    if not sparse or "dataset" not in cfg.dataloader.test:
         return None
     dataset_dict = instantiate(cfg.dataloader.test.dataset)[0]
     mapper = instantiate(cfg.dataloader.test.mapper)
@@ -162,6 +169,9 @@ def train(cfg: DictConfig, resume: bool) -> None:
     main = comm.is_main_process()
     patience = cfg.train.early_stopping_patience
     stopping = EarlyStopping(period, metric, patience) if patience else None
+    if main and not resumed:  # only now, as all that could be checked is built and loaded
+        for path in written(Path(output_dir)):
+            path.unlink()
     writers = default_writers(output_dir, cfg.train.max_iter) if main else []
     trainer.register_hooks(
         [
@@ -195,7 +205,8 @@ def train(cfg: DictConfig, resume: bool) -> None:
         logger.info("This run's patience is used up; a larger one lets it go on")
     else:
         trainer.train(start, cfg.train.max_iter)
-    if main and not checkpointer.get_checkpoint_file().endswith("model_final.pth"):
+    final = checkpointer.get_checkpoint_file().endswith("model_final.pth")
+    if main and (trainer.stopped or not final):
         checkpointer.save("model_final", iteration=trainer.iter)
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import cv2
@@ -16,8 +17,10 @@ import torch
 from detectron2.data.datasets import register_coco_instances
 
 import dset_d2
-from dset_d2.engine import checkpointer
+from dset_d2.engine import checkpointer, hooks
+from dset_d2.engine.checkpointer import AtomicCheckpointer
 from dset_d2.engine.folder import claimed
+from dset_d2.engine.hooks import BestCheckpointer
 from dset_d2.tools import lazyconfig_train_net
 from dset_d2.tools.common import UsageError
 from dset_d2.tools.lazyconfig_train_net import check_data_set_names
@@ -262,11 +265,56 @@ def test_misspelt_data_set_is_named():
         check_data_set_names(cfg)
 
 
-def test_metric_that_no_evaluation_gives_ends_the_run(tmp_path, images, monkeypatch):
-    """For evaluators whose metrics nobody knows before."""
-    monkeypatch.setattr(lazyconfig_train_net, "COCOEvaluator", None)
-    with pytest.raises(ValueError, match="train.best_metric='box/AP' is no metric; close to it"):
-        launch(tmp_path, "train.best_metric=box/AP", "train.max_iter=1")
+def test_metric_that_no_evaluation_gives_is_warned_of(tmp_path, images, monkeypatch):
+    """Of evaluators whose metrics nobody knows before; what was trained is kept."""
+    told = []
+    monkeypatch.setattr(hooks.logger, "warning", lambda text, *values: told.append(text % values))
+    monkeypatch.setattr(lazyconfig_train_net, "COCOEvaluator", ())
+    launch(tmp_path, "train.best_metric=box/AP", "train.max_iter=1")
+    assert any("train.best_metric='box/AP' is no metric; close to it" in text for text in told)
+    assert (tmp_path / "model_final.pth").exists()
+
+
+def test_overwriting_may_start_from_what_it_replaces(tmp_path, finished):
+    """And leaves files of other names, and the former run if it fails before its first step."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model_pretrained.pth").write_bytes(b"")
+    before = {path.name for path in tmp_path.glob("model_*")}
+    with pytest.raises((UsageError, SystemExit)):
+        launch(tmp_path, "--overwrite", "model.decoder.cross_attn_method=odd")
+    assert {path.name for path in tmp_path.glob("model_*")} == before
+    best = tmp_path / "model_best.pth"
+    launch(tmp_path, "--overwrite", f"train.init_checkpoint={best}", "train.max_iter=1")
+    left = {path.name for path in tmp_path.glob("model_*")}
+    assert {"model_final.pth", "model_pretrained.pth"} <= left
+
+
+def test_the_best_is_remembered_though_no_checkpoint_followed_it(tmp_path):
+    """Scores 1, 9, then a kill; the run resumes from where 1 was the best."""
+    model = torch.nn.Linear(1, 1)
+    saved = AtomicCheckpointer(model, str(tmp_path), tag_last=False)
+
+    def hook() -> BestCheckpointer:
+        best = BestCheckpointer(1, saved, "bbox/AP")
+        best.trainer = Namespace(iter=0, max_iter=9, storage=None)
+        return best
+
+    def score(best: BestCheckpointer, iteration: int, value: float) -> None:
+        best.trainer.iter = iteration
+        best.trainer.storage = Namespace(latest=lambda: {"bbox/AP": (value, iteration)})
+        best.after_step()
+
+    first = hook()
+    score(first, 0, 1.0)
+    state = first.state_dict()
+    score(first, 1, 9.0)
+    resumed = hook()
+    resumed.load_state_dict(state)
+    score(resumed, 1, 3.5)
+    stored = torch.load(tmp_path / "model_best.pth", weights_only=True)
+    assert stored["best"] == {"best_metric": 9.0, "best_iter": 1}
+    score(resumed, 2, 10.0)
+    assert torch.load(tmp_path / "model_best.pth", weights_only=True)["iteration"] == 2
 
 
 def test_configs_work_from_any_folder(tmp_path, images):

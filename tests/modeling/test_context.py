@@ -192,6 +192,17 @@ def test_predict_compiles_without_a_break():
     torch._dynamo.reset()
 
 
+def test_knobs_around_a_call_are_checked_and_stay_out_of_training(model):
+    with forward_context(knobs=Knobs(num_queries=10)):
+        assert model.predict(IMAGE)["pred_logits"].shape[1] == 10
+        found = []
+        model.train().decoder.enc_bbox_head.register_forward_hook(lambda m, x, y: found.append(y))
+        model.compute_losses(IMAGE, make_targets(1, 2))
+        assert found[0].shape[1] == 30
+    with forward_context(knobs=Knobs(keep_ratio=0.5)), pytest.raises(ValueError, match="no part"):
+        model.eval().predict(IMAGE)
+
+
 # Contexts.
 
 
@@ -265,8 +276,11 @@ def test_gradient_checkpointing_records_once_and_keeps_nothing():
         torch.manual_seed(0)
         losses = model.compute_losses(torch.rand(1, 3, 64, 96), make_targets(1, 2))
         assert sum("balance_backbone" in name for name in losses) == 6
-        sum(losses.values()).backward()
-        results.append((losses, [p.grad for p in model.parameters()]))
+        total = sum(losses.values())
+        total.backward(retain_graph=True)
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        results.append((losses, gradients))
+        total.backward()  # and a second time
         copy.deepcopy(model)
     torch.testing.assert_close(results[0], results[1])
 

@@ -181,6 +181,15 @@ def test_weights_of_all_origins(tmp_path, image, origin, whole):
     assert same == (origin == "deimv2")
 
 
+def test_a_backbones_own_weights_load():
+    source, backbone = tiny(), tiny()
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(1)
+    load_dinov3(backbone, source.state_dict())
+    torch.testing.assert_close(backbone.state_dict(), source.state_dict())
+
+
 def test_deeper_weights_lose_their_last_blocks(image):
     backbone, shallow = tiny(), tiny(taps=[1, 2, 3])
     assert len(shallow.dinov3.blocks) == 4

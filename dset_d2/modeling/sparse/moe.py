@@ -190,12 +190,13 @@ class GroupedExperts(nn.Module):
         return F.linear(hidden.flatten(1), w2) + weight.to(hidden.dtype) @ self.b2.to(hidden.dtype)
 
 
-def choose_dispatch(x: Tensor) -> str:
+def choose_dispatch(x: Tensor, width: int) -> str:
     """The dispatch that "auto" stands for: static in graph captures, grouped where it is fast."""
     # Not torch.jit.is_tracing(): FLOP counts trace what really runs.
     if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
         return "dense"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0):
+    aligned = x.shape[-1] % 8 == 0 and width % 8 == 0  # grouped GEMMs want rows of 16 bytes
+    if aligned and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0):
         low = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         if torch.bfloat16 in (x.dtype, low):
             return "grouped_mm"
@@ -260,7 +261,9 @@ class MoE(Part):
             valid = None if context.tokens is None else context.tokens.valid
             valid = None if valid is None else valid.flatten()
             context.leave(self.record_name, MoERecord(config, routing, valid, context.tokens))
-        dispatch = choose_dispatch(flat) if config.dispatch == "auto" else config.dispatch
+        dispatch = config.dispatch
+        if dispatch == "auto":
+            dispatch = choose_dispatch(flat, self.experts.w1.shape[1])
         return self.experts(flat, routing, dispatch).view_as(x)
 
     def top_k(self) -> int:
