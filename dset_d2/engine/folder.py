@@ -41,7 +41,8 @@ def claimed(folder: Path, resume: bool, overwrite: bool) -> Iterator[None]:
         ValueError: if another process has the folder, if it holds a run that shall neither go on
             nor be replaced, or none that could be resumed.
     """
-    marks = {path.name for path in written(folder)} - {"metrics.json"}
+    # Metrics and events alone are of one that failed at its first step.
+    marks = {p.name for p in written(folder) if p.suffix in (".yaml", ".pth") or p.name == LAST}
     if resume and not marks:
         runs = [path.parent.name for path in folder.absolute().parent.glob(f"*/{LAST}")]
         raise ValueError(f"{folder} holds no run to resume{nearest(folder.name, runs)}")

@@ -141,7 +141,7 @@ class StatisticsHook(HookBase):
 
 
 class ConfigSaver(HookBase):
-    """Saves the config once the first step went well; one that fails leaves a former run's."""
+    """Saves the config once the first step went well: before, there is no run to speak of."""
 
     def __init__(self, cfg: DictConfig, path: str) -> None:
         self.cfg = cfg
