@@ -105,6 +105,8 @@ def test_two_processes_equal_one(results, name, counts):
     total = sum(model(sum(batches(counts), [])).values())
     total.backward()
     expected = gradients(model)
+    # A scalar's gradient is a sum of large terms that cancel; its rounding goes by their size.
+    largest = max(float(g.abs().max()) for g in expected.values() if g is not None)
     for rank in range(2):
         found = torch.load(results / f"{name}{rank}{counts}.pt", weights_only=True)
         torch.testing.assert_close(found["loss"], total.detach(), rtol=1e-5, atol=1e-6)
@@ -112,5 +114,5 @@ def test_two_processes_equal_one(results, name, counts):
         for key, value in found["gradients"].items():
             assert (value is None) == (expected[key] is None), key
             if value is not None:
-                scale = expected[key].abs().max().clamp(min=1e-6)
+                scale = expected[key].abs().max().clamp(min=1e-3 * largest)
                 assert (value - expected[key]).abs().max() / scale < 1e-3, key
