@@ -1,8 +1,16 @@
+import ast
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+
+
+def version() -> str:
+    """What the package says of itself, read without importing it."""
+    lines = (ROOT / "dset_d2/__init__.py").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("__version__ ="))
+    return ast.literal_eval(line.partition("=")[2].strip())
 
 
 def config_packages() -> dict[str, str]:
@@ -14,19 +22,48 @@ def config_packages() -> dict[str, str]:
 
 setup(
     name="dset_d2",
-    version="0.1.0",
+    version=version(),
     description="Real-time detection transformers with sparse compute, for Detectron2",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    keywords=[
+        "object detection",
+        "detection transformer",
+        "DETR",
+        "RT-DETR",
+        "D-FINE",
+        "DINOv3",
+        "Detectron2",
+        "mixture of experts",
+        "token pruning",
+        "DAIR-V2X",
+    ],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=find_packages(include=["dset_d2", "dset_d2.*"]) + list(config_packages()),
     package_dir=config_packages(),
-    # Detectron2 itself is not listed: it is installed from its repository.
+    package_data={"dset_d2": ["py.typed"]},
+    entry_points={"console_scripts": ["dset_d2 = dset_d2.__main__:main"]},
+    # Detectron2 is not listed, since no index has it: it is installed from its repository. Nor is
+    # OpenCV, of which an environment may have one of four distributions and pip cannot ask for
+    # "one of them": a listed one would be installed over another and break it. Who has none takes
+    # the extra. Importing dset_d2 says which of the two is missing.
     install_requires=[
         "torch>=2.10",  # the first with torch.nn.functional.grouped_mm
         "torchvision>=0.25",
         "numpy>=1.23",
         "scipy>=1.9",
         "Pillow>=9",
-        "opencv-python-headless>=4.5",
         "pycocotools>=2.0.6",
         "matplotlib>=3.5",
         "timm>=1.0.20",
@@ -38,6 +75,7 @@ setup(
         "tabulate",
     ],
     extras_require={
-        "test": ["pytest>=7", "pytest-xdist>=3.7", "hypothesis>=6", "transformers>=4.49", "ruff"]
+        "opencv": ["opencv-python>=4.5"],
+        "test": ["pytest>=7", "pytest-xdist>=3.7", "hypothesis>=6", "transformers>=4.49", "ruff"],
     },
 )
