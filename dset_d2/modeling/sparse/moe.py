@@ -42,7 +42,7 @@ class MoEConfig:
     """
 
     num_experts: int
-    top_k: int
+    top_k: int = 2
     expert_dim: int | None = None
     balance_weight: float = 0.03
     z_loss_weight: float = 1e-3
