@@ -14,6 +14,7 @@ from .reading import DataError, UnreadableImage, check_header, read_json
 
 logger = logging.getLogger(__name__)
 
+LOADERS = ("get_detection_dataset_dicts", "coco_dataset", "dair_v2x_dataset")
 EVALUATED = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")  # by pycocotools
 
 
@@ -24,7 +25,7 @@ def dataset_names(node: Mapping) -> list[str]:
     """
     while "dataset" in node:
         node = node["dataset"]
-    if target_name(node) not in ("get_detection_dataset_dicts", "coco_dataset"):
+    if target_name(node) not in LOADERS:
         return []
     names = node["names"]
     if not names:
