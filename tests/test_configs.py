@@ -39,6 +39,8 @@ PARAMETERS = {  # published, in millions
 @pytest.mark.parametrize("path", CONFIGS)
 def test_config_trains_and_detects(path, tmp_path):
     cfg = dset_d2.get_config(path)
+    if cfg.model.decoder.num_classes is None:
+        cfg.model.decoder.num_classes = 3
     model = instantiate(cfg.model)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
@@ -162,6 +164,12 @@ def test_custom_config_takes_files_and_registered_data_sets(tmp_path):
     assert len(instantiate(by_file.test.dataset)) == 1
     with pytest.raises(ValueError, match="'my_train': set json_file and image_root"):
         instantiate(switched("names=my_train", f"image_root={tmp_path}").test.dataset)
+
+
+def test_no_number_of_classes_is_an_error():
+    cfg = dset_d2.get_config("configs/rtdetr/rtdetrv2_r18_custom.py")
+    with pytest.raises(ValueError, match="num_classes=None must be the number of your categories"):
+        instantiate(cfg.model)
 
 
 @pytest.mark.parametrize(

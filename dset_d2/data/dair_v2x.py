@@ -20,7 +20,6 @@ read before a data set is used. Each is also registered with ten classes as ``..
 (``vehicle-side/{image,label}/000001.*``).
 """
 
-import logging
 import math
 import os
 from collections import Counter
@@ -32,9 +31,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from detectron2.structures import BoxMode
 
 from ..config import nearest
+from .coco import clip_box, log_counts
 from .reading import DataError, image_size, read_json
-
-logger = logging.getLogger(__name__)
 
 CLASSES_8 = (
     "Car",
@@ -143,7 +141,7 @@ def read_label(
             categories = [ids[kind]]
         else:
             raise DataError(f"{where}: unknown type {entry.get('type')!r}")
-        box = clip_box(entry["2d_box"], size, where, counts)
+        box = clip_box(read_box(entry["2d_box"], where), size, counts)
         if box is None:
             continue
         counts["ignored"] += kind in IGNORED
@@ -155,16 +153,8 @@ def read_label(
     return annotations
 
 
-def clip_box(entry: dict, size: tuple[int, int], where: str, counts: Counter) -> list[float] | None:
-    """The box inside of the image, or None if less than a pixel's width or height is left."""
-    height, width = size
-    box = [number(entry, key, where) for key in ("xmin", "ymin", "xmax", "ymax")]
-    clipped = [min(max(v, 0.0), limit) for v, limit in zip(box, (width, height) * 2)]
-    if clipped[2] - clipped[0] < 1 or clipped[3] - clipped[1] < 1:
-        counts["dropped"] += 1
-        return None
-    counts["clipped"] += clipped != box
-    return clipped
+def read_box(entry: dict, where: str) -> list[float]:
+    return [number(entry, key, where) for key in ("xmin", "ymin", "xmax", "ymax")]
 
 
 def read_split(path: Path, keys: tuple[str, ...], split: str) -> set[str]:
@@ -339,43 +329,12 @@ def load_dair_v2x(
                 "annotations": annotations,
             }
         )
-    summary = ", ".join(f"{value} {key}" for key, value in sorted(counts.items()) if value)
-    unusual = {key for key, value in counts.items() if value} - {"ignored"}
-    log = logger.warning if unusual else logger.info
-    log("%s %s: %d images; %s", root, split, len(dataset), summary or "nothing unusual")
+    summary = log_counts(f"{root} {split}: {len(dataset)} images", counts)
     if not dataset:
         raise DataError(
             f"{root}: nothing of split {split!r} of {split_file} is usable: {summary}{absent}"
         )
     return dataset
-
-
-def to_coco(dataset: list[dict], classes: tuple[str, ...], root: str | Path) -> dict:
-    """COCO annotation content of dataset dicts; ids follow from the dicts' order alone.
-
-    Category ids start at 1, in the order of ``classes``; file names are relative to ``root``.
-    """
-    images, annotations = [], []
-    for dataset_dict in dataset:
-        file_name = os.path.relpath(dataset_dict["file_name"], root)
-        size = {key: dataset_dict[key] for key in ("height", "width")}
-        images.append({"id": dataset_dict["image_id"], "file_name": file_name, **size})
-        for annotation in dataset_dict["annotations"]:
-            x, y, x2, y2 = annotation["bbox"]
-            states = {k: v for k, v in annotation.items() if k.endswith("_state")}
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": dataset_dict["image_id"],
-                    "category_id": annotation["category_id"] + 1,
-                    "bbox": [x, y, x2 - x, y2 - y],
-                    "area": (x2 - x) * (y2 - y),
-                    "iscrowd": annotation["iscrowd"],
-                    **states,
-                }
-            )
-    categories = [{"id": i + 1, "name": name} for i, name in enumerate(classes)]
-    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def load_registered(

@@ -27,6 +27,7 @@ from dset_d2.data.dair_v2x import (
     clip_box,
     dair_v2x_dataset,
     load_dair_v2x,
+    read_box,
 )
 from dset_d2.tools import dair_v2x_to_coco
 
@@ -293,7 +294,7 @@ def test_broken_image_is_named(tree):
 @given(st.lists(st.floats(-500, 500), min_size=4, max_size=4))
 def test_clipped_boxes_lie_in_the_image(values):
     box = dict(zip(("xmin", "ymin", "xmax", "ymax"), map(str, values)))
-    clipped = clip_box(box, (80, 100), "here", Counter())
+    clipped = clip_box(read_box(box, "here"), (80, 100), Counter())
     if clipped is not None:
         x, y, x2, y2 = clipped
         assert 0 <= x <= x2 - 1 and x2 <= 100 and 0 <= y <= y2 - 1 and y2 <= 80

@@ -30,7 +30,6 @@ from .test_launchers import TINY
 CONFIG = "configs/rtdetr/rtdetrv2_r18_custom.py"
 SETTINGS = [
     *TINY,
-    "model.decoder.num_classes=2",
     "train.max_iter=2",
     "train.eval_period=2",
     "train.checkpointer.period=1",

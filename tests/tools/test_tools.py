@@ -11,6 +11,7 @@ from PIL import Image
 import dset_d2
 from dset_d2.config import apply_overrides
 from dset_d2.data import dair_v2x
+from dset_d2.data.coco import to_coco
 from dset_d2.synthetic import write_dataset
 from dset_d2.tools import analyze, benchmark, convert_checkpoint, dair_v2x_to_coco, visualize
 
@@ -86,7 +87,7 @@ def test_pictures_of_a_data_set_and_of_files(tmp_path, monkeypatch):
         tmp_path / "dair-v2x/split_datas/single-infrastructure-split-data.json",
         "val",
     )
-    coco = dair_v2x.to_coco(dataset, dair_v2x.CLASSES_8, tmp_path)
+    coco = to_coco(dataset, dair_v2x.CLASSES_8, tmp_path)
     (tmp_path / "val.json").write_text(json.dumps(coco))
     own = ["--config-file", "configs/rtdetr/rtdetrv2_r18_custom.py", *options[2:]]
     own += ["--output", str(tmp_path / "own"), "--num-images", "1"]
