@@ -162,6 +162,12 @@ def build(cfg: DictConfig, key: str) -> object:
         return instantiate(node)
 
 
+def evaluated_names(cfg: DictConfig) -> list[str]:
+    """Names of the data sets that the config's evaluator scores, one by one."""
+    names = OmegaConf.select(cfg, "dataloader.evaluator.dataset_name")
+    return list(names) if OmegaConf.is_list(names) else [names]
+
+
 def build_model(cfg: DictConfig) -> nn.Module:
     """The config's model with random weights, on its device."""
     model = build(cfg, "model")

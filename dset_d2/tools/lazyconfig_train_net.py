@@ -69,6 +69,7 @@ from .common import (
     build_model,
     check_weights,
     entry_point,
+    evaluated_names,
     read_config,
     usage_errors,
 )
@@ -162,9 +163,9 @@ def build_loader(
 
 def single_tests(cfg: DictConfig) -> dict[str, DictConfig]:
     """The config for each of its test sets, by name, as if there were no other."""
-    names = OmegaConf.select(cfg, "dataloader.evaluator.dataset_name")
-    if not OmegaConf.is_list(names):
-        return {str(names): cfg}
+    names = evaluated_names(cfg)
+    if not OmegaConf.is_list(OmegaConf.select(cfg, "dataloader.evaluator.dataset_name")):
+        return {names[0]: cfg}
     singles = {}
     for name in names:
         singles[name] = single = copy.deepcopy(cfg)

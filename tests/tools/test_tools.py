@@ -76,7 +76,9 @@ def test_pictures_of_a_data_set_and_of_files(tmp_path, monkeypatch):
     torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
     options = ["--config-file", ROADSIDE, "--weights", str(tmp_path / "model.pth")]
     options += ["--threshold", "0.001"]
-    visualize.main([*options, "--output", str(tmp_path / "set"), "--num-images", "2"])
+    options_of_set = ["--output", str(tmp_path / "set"), "--num-images", "2"]
+    names = "dataloader.test.dataset.names=[dair_v2x_i_val,dair_v2x_i_train]"
+    visualize.main([*options, *options_of_set, names])
     pictures = sorted((tmp_path / "set").iterdir())
     assert len(pictures) == 2
     assert all(Image.open(p).size == (320, 96) for p in pictures)  # truth beside detections
