@@ -146,6 +146,10 @@ class DETRDecoder(Part):
             raise ValueError(f"eval_idx={eval_idx} is not a layer of num_layers={num_layers}")
         if num_denoising < 0:
             raise ValueError(f"num_denoising={num_denoising} must not be negative")
+        if moe is not None and moe.patch_size > 1:
+            raise ValueError(
+                f"patch_size={moe.patch_size}: queries stand on no feature map; it must be 1"
+            )
         self.num_classes = num_classes
         self.num_queries = num_queries
         self.num_layers = num_layers

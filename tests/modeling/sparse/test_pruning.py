@@ -166,8 +166,8 @@ def test_prune_and_restore():
 
 def test_a_second_place_scores_what_the_first_kept():
     """Its prior, its foreground and its own choice follow the tokens, wherever they stand."""
-    pruned = encoder(keep_ratio=0.5, min_tokens=1, spatial_prior=True)
-    second = encoder(keep_ratio=0.25, min_tokens=1, spatial_prior=True).pruner
+    pruned = encoder(keep_ratio=0.5, min_tokens=1, spatial_prior="flat")
+    second = encoder(keep_ratio=0.25, min_tokens=1, spatial_prior="flat").pruner
     with torch.no_grad():
         second.prior.copy_(torch.arange(16.0).view(1, 1, 16, 1) * 100)  # lower rows win
     x, _ = inputs()
@@ -224,7 +224,7 @@ def test_at_least_min_tokens_stay():
 
 
 def test_spatial_prior_moves_the_choice():
-    pruner = encoder(keep_ratio=0.5, min_tokens=1, spatial_prior=True).pruner.eval()
+    pruner = encoder(keep_ratio=0.5, min_tokens=1, spatial_prior="flat").pruner.eval()
     with torch.no_grad():
         pruner.prior[..., :8, :] = 100  # the upper half of the picture
     index, _ = pruner(inputs()[0], MAP)
@@ -307,7 +307,7 @@ def test_sparse_detections_do_not_depend_on_the_batch(sizes):
 
 @pytest.mark.parametrize("count", [0, 3])
 def test_every_parameter_of_a_sparse_model_gets_a_gradient(count):
-    model = sparse_model(spatial_prior=True).train()
+    model = sparse_model(spatial_prior="flat").train()
     losses = model(make_inputs([(96, 128), (128, 96)], boxes_per_image=count))
     sum(losses.values()).backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
