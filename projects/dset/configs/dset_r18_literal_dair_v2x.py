@@ -14,7 +14,8 @@ from .dset_r18_light_dair_v2x import dataloader, lr_multiplier, model, optimizer
 model.encoder.moe.expert_dim = model.encoder.dim_feedforward
 model.decoder.moe.expert_dim = model.decoder.dim_feedforward
 model.encoder.moe.balance_weight = 0.05
-model.encoder.pruning.update(literal_pruning)
+model.encoder.pruning = literal_pruning
+model.encoder.pruning.keep_ratio = 0.6
 dataloader.mosaic.prob = 0.5
 dataloader.train.total_batch_size = 32
 train.epochs = 200

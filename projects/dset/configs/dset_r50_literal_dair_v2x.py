@@ -10,7 +10,7 @@ from .common.sparse import literal_pruning
 from .dset_r50_full_dair_v2x import dataloader, lr_multiplier, model, optimizer, train
 
 model.encoder.moe.balance_weight = 0.05
-model.encoder.pruning.update(literal_pruning)
+model.encoder.pruning = literal_pruning
 dataloader.mosaic.prob = 0.5
 dataloader.train.total_batch_size = 32
 train.epochs = 200

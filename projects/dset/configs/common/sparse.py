@@ -7,7 +7,8 @@ from dset_d2.modeling.sparse import MemoryPruningConfig, MoEConfig, PruningConfi
 # Keeps everything at first, 70 % after ten epochs of a hundred.
 pruning = L(PruningConfig)(keep_ratio=0.7, end_step="${part_of_run:10,100}")
 # What the study's first document has otherwise.
-literal_pruning = dict(
+literal_pruning = L(PruningConfig)(
+    keep_ratio=0.7,
     end_step="${part_of_run:10,200}",
     restore="zero",
     spatial_prior="centre",
