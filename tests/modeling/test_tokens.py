@@ -50,3 +50,19 @@ def test_regions_are_squares_of_each_image_and_of_its_padding():
     torch.testing.assert_close(means[0, 2, 4], values[14])
     torch.testing.assert_close(means[0, 1, 0], values[[0, 1, 5, 6]].mean(0))
     assert torch.autograd.gradcheck(regions.mean, values)
+
+
+def test_one_image_alone_has_its_gradients():
+    """Those of a batch that holds it twice. BatchNorm on a CPU gives others without our doing."""
+    model = tiny_model(num_denoising=0).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    image = make_inputs([(64, 96)])
+    gradients = []
+    for batch in (image, image * 2):
+        model.zero_grad()
+        sum(model(batch).values()).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    for name, twice in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], twice, rtol=1e-3, atol=1e-5, msg=name)
