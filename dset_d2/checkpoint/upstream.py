@@ -160,7 +160,7 @@ def upcycle_ffns(
         if not isinstance(moe, MoE) or not state.keys() >= set(dense):
             continue
         ffn = FFNWeights(*(state[key] for key in dense))
-        _, expert_dim, dim = moe.experts.w1.shape
+        num_experts, expert_dim, dim = moe.experts.w1.shape
         if ffn.w1.shape[1] != dim:
             continue  # another network's, which is warned of like all that does not fit
         try:
@@ -170,6 +170,9 @@ def upcycle_ffns(
                 raise ValueError(f"{name}: {place}: {error}") from error
             logger.warning("%s: the experts of %s stay fresh: %s", name, place, error)
             continue
+        hidden = len(ffn.w1)
+        used = min(num_experts * expert_dim, hidden)
+        logger.info("%s: experts of %s from %d of %d hidden units", name, place, used, hidden)
         for key in dense:
             del state[key]
         state |= {f"{place}.experts.{key}": value for key, value in experts._asdict().items()}

@@ -144,7 +144,7 @@ def train(cfg: DictConfig, resume: bool) -> None:
     logger.info("Model:\n%s", model)
     if cfg.train.init_checkpoint and not resumed:
         with initial_weights(cfg):
-            load_initial(model, cfg.train.init_checkpoint)
+            load_initial(model, cfg.train.init_checkpoint, cfg.train.upcycling)
     # Data last, as they take longest to load.
     check_data_set_names(cfg)
     loader = build_loader(cfg, "train")

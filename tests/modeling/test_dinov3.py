@@ -127,6 +127,20 @@ def test_plain_adapters_norm(image):
     )
 
 
+def test_plain_adapters_upsampling():
+    """Nearest repeats the cells of a 1x1 convolution, bilinear mixes them."""
+    nearest, bilinear = (PlainAdapter(8, 4, upsampling=mode) for mode in ("nearest", "bilinear"))
+    bilinear.load_state_dict(nearest.state_dict())
+    maps = [torch.randn(2, 8, 3, 5)]
+    with torch.no_grad():
+        fine, middle, coarse = nearest(None, maps)
+        repeated = nearest.convs[0](maps[0].repeat_interleave(2, 2).repeat_interleave(2, 3))
+        other = bilinear(None, maps)
+    torch.testing.assert_close(fine, repeated)
+    assert not torch.allclose(other[0], fine)
+    torch.testing.assert_close(other[1:], [middle, coarse])
+
+
 # Weights.
 
 
@@ -237,7 +251,8 @@ def test_a_frozen_vit_without_weights_is_warned_of(caplog, image):
     backbone = tiny(freeze=FreezeConfig()).train()
     backbone(image)
     backbone(image)
-    assert caplog.text.count("frozen with random weights") == 1
+    assert caplog.text.count("its weights are random: start from pretrained ones") == 1
+    assert "dinov3_vits16_pretrain_lvd1689m-08c60483.pth" in caplog.text
     loaded = tiny(freeze=FreezeConfig()).train()
     state = official(loaded)
     load_dinov3(loaded, state | {"blocks.0.ls1.gamma": torch.rand(32)})
@@ -285,6 +300,8 @@ def test_wrong_values():
     for build, message in (
         (lambda: FreezeConfig(-1), "unfreeze_step=-1"),
         (lambda: FreezeConfig(0, 0), "unfreeze_blocks=0"),
+        (lambda: FreezeConfig(0, 4, -1), "unfreeze_every=-1"),
+        (lambda: PlainAdapter(4, 4, upsampling="cubic"), "upsampling='cubic'"),
         (lambda: LoRAConfig(rank=0), "rank=0"),
         (lambda: LoRAConfig(alpha=0), "alpha=0"),
         (lambda: LoRAConfig(blocks=0), "blocks=0"),
