@@ -172,7 +172,11 @@ def upcycle_ffns(
             continue
         hidden = len(ffn.w1)
         used = min(num_experts * expert_dim, hidden)
-        logger.info("%s: experts of %s from %d of %d hidden units", name, place, used, hidden)
+        logger.log(
+            logging.INFO if used == hidden else logging.WARNING,
+            "%s: the experts of %s start from %d of its %d hidden units",
+            *(name, place, used, hidden),
+        )
         for key in dense:
             del state[key]
         state |= {f"{place}.experts.{key}": value for key, value in experts._asdict().items()}
