@@ -237,7 +237,7 @@ def train(cfg: DictConfig, args: Namespace) -> None:
     logger.info("Model:\n%s", model)
     if cfg.train.init_checkpoint and not (resumed or cfg.train.resume_from):
         with initial_weights(cfg):
-            load_initial(model, cfg.train.init_checkpoint)
+            load_initial(model, cfg.train.init_checkpoint, cfg.train.upcycling)
     few = FEW if args.check else None
     loader = build_loader(cfg, "train", some(dataset, few))  # looking at all images takes longest
     evaluate = check_data(cfg, dataset_names(cfg.dataloader.train.get("dataset", {})), few)

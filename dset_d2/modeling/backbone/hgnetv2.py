@@ -215,6 +215,11 @@ class HGNetv2(ConvBackbone):
         super().__init__()
         check_choice("name", name, ARCHITECTURES)
         stem, stages = ARCHITECTURES[name]
+        if name in ("L", "X"):
+            file = f"PPHGNetV2_{name}_ssld_pretrained_from_paddle.pth of RT-DETR's releases"
+        else:
+            file = f"PPHGNetV2_{name}_stage1.pth of D-FINE's releases"
+        self.pretrained_file = file
         self.set_features(out_features, [stage.out_channels for stage in stages])
         self.stem = Stem(*stem, use_lab)
         self.stages = nn.ModuleList(
@@ -238,4 +243,5 @@ class HGNetv2(ConvBackbone):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> {"stage2": (B, C, H / 8, W / 8), ...} for the chosen features."""
+        self.check_start()
         return self.run_stages(self.stem(x), self.stages)

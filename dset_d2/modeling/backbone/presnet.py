@@ -10,6 +10,13 @@ from torch import Tensor, nn
 from ..layers import ConvNorm, check_choice
 from .base import ConvBackbone
 
+# Of RT-DETR's releases, trained on ImageNet.
+PRETRAINED_FILES = {
+    18: "ResNet18_vd_pretrained_from_paddle.pth",
+    34: "ResNet34_vd_pretrained_from_paddle.pth",
+    50: "ResNet50_vd_ssld_v2_pretrained_from_paddle.pth",
+    101: "ResNet101_vd_ssld_pretrained_from_paddle.pth",
+}
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
@@ -92,6 +99,7 @@ class PResNet(ConvBackbone):
     ) -> None:
         super().__init__()
         check_choice("depth", depth, BLOCKS)
+        self.pretrained_file = f"{PRETRAINED_FILES[depth]} of RT-DETR's releases"
         stem = {
             "conv1_1": ConvNorm(3, 32, 3, 2, act="relu"),
             "conv1_2": ConvNorm(32, 32, 3, act="relu"),
@@ -120,5 +128,6 @@ class PResNet(ConvBackbone):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> {"res3": (B, C, H / 8, W / 8), ...} for the chosen features."""
+        self.check_start()
         x = F.max_pool2d(self.conv1(x), 3, stride=2, padding=1)
         return self.run_stages(x, self.res_layers)
