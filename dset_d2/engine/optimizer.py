@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from detectron2.config import configurable
 from detectron2.solver import WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import LinearParamScheduler, ParamScheduler
 from torch import nn
 
+from ..arguments import arguments
 from ..clock import begin_training
 from ..modeling import MetaArch
 from ..modeling.freezing import drop_dormant_gradients
@@ -89,6 +91,13 @@ def parameter_groups(
     )
 
 
+def _from_config(cfg, model: nn.Module) -> dict:
+    solver = cfg.SOLVER
+    groups = parameter_groups(model, solver.BASE_LR, solver.WEIGHT_DECAY, solver.RULES)
+    return arguments(build_adamw, cfg, "SOLVER") | {"params": groups, "lr": solver.BASE_LR}
+
+
+@configurable(from_config=_from_config)
 def build_adamw(
     params: list[dict],
     lr: float,
@@ -100,6 +109,8 @@ def build_adamw(
 
     Clipping inside of ``step`` works with every trainer, and under AMP after unscaling. Dormant
     parameters (see :mod:`dset_d2.modeling.freezing`) are left as they are.
+
+    ``build_adamw(cfg, model)`` follows the ``SOLVER`` of a ``CfgNode``.
     """
     if clip_norm <= 0:
         raise ValueError(f"clip_norm={clip_norm} must be positive")

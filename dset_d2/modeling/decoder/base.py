@@ -8,6 +8,7 @@ import torch
 from detectron2.config import configurable
 from torch import Tensor, nn
 
+from ...arguments import arguments, build
 from ..context import Part, current
 from ..encoder import Encoded
 from ..ffn import make_ffn
@@ -197,21 +198,15 @@ class DETRDecoder(Part):
 
     @classmethod
     def from_config(cls, cfg) -> dict:
-        node = cfg.MODEL.DECODER
-        levels = len(node.NUM_POINTS)
-        return {
-            "num_classes": node.NUM_CLASSES,
-            "in_channels": [cfg.MODEL.ENCODER.HIDDEN_DIM] * levels,
-            "hidden_dim": node.HIDDEN_DIM,
-            "num_queries": node.NUM_QUERIES,
-            "num_heads": node.NUM_HEADS,
-            "num_layers": node.NUM_LAYERS,
-            "dim_feedforward": node.DIM_FEEDFORWARD,
-            "eval_idx": node.EVAL_IDX,
-            "num_points": node.NUM_POINTS,
-            "cross_attn_method": node.CROSS_ATTN_METHOD,
-            "query_select_method": node.QUERY_SELECT_METHOD,
-            "num_denoising": node.NUM_DENOISING,
+        node, moe, memory_pruning = cfg.MODEL.DECODER, None, None
+        if node.MOE.NUM_EXPERTS:
+            moe = build(MoEConfig, cfg, "MODEL.DECODER.MOE")
+        if node.MEMORY_PRUNING.KEEP_RATIO not in (0, 1):
+            memory_pruning = build(MemoryPruningConfig, cfg, "MODEL.DECODER.MEMORY_PRUNING")
+        return arguments(cls, cfg, "MODEL.DECODER") | {
+            "in_channels": [cfg.MODEL.ENCODER.HIDDEN_DIM] * len(node.NUM_POINTS),
+            "moe": moe,
+            "memory_pruning": memory_pruning,
         }
 
     def knob_limits(self) -> dict[str, float]:
