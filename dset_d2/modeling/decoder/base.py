@@ -229,6 +229,12 @@ class DETRDecoder(Part):
             training also ``aux_outputs`` (the earlier layers), ``enc_outputs`` (the selected
             tokens) and, with denoising, ``dn_outputs`` (all layers) and ``denoising``.
         """
+        levels = len(self.input_proj)
+        if len(encoded.features) != levels:
+            raise ValueError(
+                f"in_channels and num_points are for {levels} levels of the encoder's "
+                f"{len(encoded.features)}"
+            )
         features = [project(x) for project, x in zip(self.input_proj, encoded.features)]
         shapes = [tuple(x.shape[2:]) for x in features]
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in features], dim=1)
