@@ -52,7 +52,9 @@ def find_config(path: str, roots: Sequence[Path] = (Path(), *ROOTS)) -> Path:
         if (root / path).is_file():
             return (root / path).resolve()  # Detectron2 finds a config's parents from its own path
     folders = [root / Path(path).parent for root in roots]
-    known = sorted({file.name for folder in folders for file in folder.glob("*.py")})
+    known = sorted(
+        {file.name for folder in folders for file in folder.glob(f"*{Path(path).suffix}")}
+    )
     raise FileNotFoundError(f"no config {path!r}; in its folder are: {', '.join(known) or 'none'}")
 
 

@@ -277,12 +277,9 @@ def test_saved_cfg_loads(tmp_path):
         ("ENCODER.PRUNING.KEEP_RATIO", 1.5, "MODEL.ENCODER.PRUNING.KEEP_RATIO=1.5 must lie in"),
         ("ENCODER.PRUNING.RESTORE", "ones", "MODEL.ENCODER.PRUNING.RESTORE='ones' is not one of"),
         ("ENCODER.FUSION", "none", "MODEL.ENCODER.FUSION='none' is not one of"),
-        ("ENCODER.NAME", "Hybrid", "MODEL.ENCODER.NAME='Hybrid' is not one of .*HybridEncoder"),
-        ("DECODER.NAME", "RTDETR", "MODEL.DECODER.NAME='RTDETR' is not one of .*DFINEDecoder"),
         ("DECODER.NUM_QUERIES", 1.5, "MODEL.DECODER.NUM_QUERIES=1.5 must be int"),
         ("DECODER.NUM_QUERIES", True, "MODEL.DECODER.NUM_QUERIES=True must be int"),
         ("DECODER.NUM_DENOISING", -1, "MODEL.DECODER.NUM_DENOISING=-1 must not be negative"),
-        ("CRITERION.NAME", "Set", "MODEL.CRITERION.NAME='Set' is not one of"),
         ("PRESNET.DEPTH", 19, "MODEL.PRESNET.DEPTH=19 is not one of"),
     ],
 )
@@ -291,6 +288,20 @@ def test_wrong_values_are_named(key, value, message):
     group, _, name = f"MODEL.{key}".rpartition(".")
     find_group(cfg, group)[name] = value
     with pytest.raises(ValueError, match=message):
+        build_model(cfg)
+
+
+@pytest.mark.parametrize(
+    ("key", "known"),
+    [
+        ("MODEL.ENCODER.NAME", "HybridEncoder"),
+        ("MODEL.DECODER.NAME", "DFINEDecoder, RTDETRDecoder"),
+        ("MODEL.CRITERION.NAME", "DFINECriterion, SetCriterion"),
+    ],
+)
+def test_unknown_names_are_named(key, known):
+    cfg = make_cfg(YAML[0], {key: "Unheard"})
+    with pytest.raises(KeyError, match=f"{key}: .*'Unheard'.* There is: {known}"):
         build_model(cfg)
 
 

@@ -6,7 +6,6 @@ from fvcore.common.registry import Registry
 from torch import nn
 
 from ..arguments import naming_keys
-from .layers import check_choice
 
 ENCODER_REGISTRY = Registry("ENCODER")
 ENCODER_REGISTRY.__doc__ = """
@@ -59,5 +58,8 @@ def build_criterion(cfg, decoder: nn.Module) -> nn.Module:
 
 def find(registry: Registry, key: str, name: str) -> Callable:
     """What is registered under the name that a config's key holds."""
-    check_choice(key, name, [known for known, _ in registry])
-    return registry.get(name)
+    try:
+        return registry.get(name)
+    except KeyError as error:
+        known = ", ".join(sorted(name for name, _ in registry))
+        raise KeyError(f"{key}: {error.args[0]} There is: {known}") from error
