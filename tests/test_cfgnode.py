@@ -14,7 +14,7 @@ from torch import nn
 import dset_d2
 from dset_d2.arguments import arguments, build, find_group, keys_of
 from dset_d2.data import DETRMapper
-from dset_d2.engine.optimizer import build_adamw
+from dset_d2.engine.optimizer import build_optimizer
 from dset_d2.modeling.sparse import MemoryPruningConfig, MoEConfig, PruningConfig
 
 from .conftest import make_inputs
@@ -220,7 +220,7 @@ def test_runs_equal_the_lazy_configs(path, file):
 
     model = instantiate(lazy.model)
     lazy.optimizer.params.model = model
-    optimizers = build_adamw(cfg, model), instantiate(lazy.optimizer)
+    optimizers = build_optimizer(cfg, model), instantiate(lazy.optimizer)
     groups, wanted = (optimizer.param_groups for optimizer in optimizers)
     assert groups == wanted  # the parameters are the same ones
     for optimizer, norm in zip(optimizers, (cfg.SOLVER.CLIP_NORM, lazy.optimizer.clip_norm)):
@@ -251,6 +251,9 @@ def test_augmentations_follow_their_keys():
     with pytest.raises(ValueError, match="INPUT.RANDOM_FLIP='diagonal' is not one of"):
         DETRMapper(cfg)
     assert len(DETRMapper(cfg, is_train=False).augmentations.augs) == 1
+    cfg.INPUT.IMAGE_SIZE = [640]
+    with pytest.raises(ValueError, match=r"INPUT.IMAGE_SIZE=\[640\] must be a height and a width"):
+        DETRMapper(cfg, is_train=False)
 
 
 def test_saved_cfg_loads(tmp_path):
@@ -303,6 +306,15 @@ def test_unknown_names_are_named(key, known):
     cfg = make_cfg(YAML[0], {key: "Unheard"})
     with pytest.raises(KeyError, match=f"{key}: .*'Unheard'.* There is: {known}"):
         build_model(cfg)
+
+
+def test_wrong_values_of_the_solver_are_named():
+    cfg, model = make_cfg(None, {"SOLVER.CLIP_NORM": 0.0}), nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="SOLVER.CLIP_NORM=0.0 must be positive"):
+        build_optimizer(cfg, model)
+    cfg.SOLVER.RULES.head = CfgNode({"pattern": "head"})
+    with pytest.raises(ValueError, match="SOLVER: no parameter's name has the pattern 'head'"):
+        build_optimizer(cfg, model)
 
 
 def test_levels_that_differ_are_an_error():

@@ -102,7 +102,10 @@ class DETRMapper:
 
     @classmethod
     def from_config(cls, cfg, is_train: bool = True) -> dict:
-        resize = T.Resize(cfg.INPUT.IMAGE_SIZE)
+        size = cfg.INPUT.IMAGE_SIZE
+        if len(size) != 2:
+            raise ValueError(f"INPUT.IMAGE_SIZE={list(size)} must be a height and a width")
+        resize = T.Resize(size)
         if not is_train:
             return {"is_train": False, "augmentations": [resize]}
         end, flip = cfg.INPUT.STRONG_AUGMENTATION_END, cfg.INPUT.RANDOM_FLIP

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode
 from detectron2.solver import WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import LinearParamScheduler, ParamScheduler
 from torch import nn
 
-from ..arguments import arguments
+from ..arguments import arguments, naming_keys
 from ..clock import begin_training
 from ..modeling import MetaArch
 from ..modeling.freezing import drop_dormant_gradients
@@ -91,13 +91,6 @@ def parameter_groups(
     )
 
 
-def _from_config(cfg, model: nn.Module) -> dict:
-    solver = cfg.SOLVER
-    groups = parameter_groups(model, solver.BASE_LR, solver.WEIGHT_DECAY, solver.RULES)
-    return arguments(build_adamw, cfg, "SOLVER") | {"params": groups, "lr": solver.BASE_LR}
-
-
-@configurable(from_config=_from_config)
 def build_adamw(
     params: list[dict],
     lr: float,
@@ -109,8 +102,6 @@ def build_adamw(
 
     Clipping inside of ``step`` works with every trainer, and under AMP after unscaling. Dormant
     parameters (see :mod:`dset_d2.modeling.freezing`) are left as they are.
-
-    ``build_adamw(cfg, model)`` follows the ``SOLVER`` of a ``CfgNode``.
     """
     if clip_norm <= 0:
         raise ValueError(f"clip_norm={clip_norm} must be positive")
@@ -128,6 +119,14 @@ def build_adamw(
 
     optimizer.register_step_pre_hook(prepare)
     return optimizer
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
+    """:func:`build_adamw` by a ``CfgNode``'s ``SOLVER``, for Detectron2's ``DefaultTrainer``."""
+    solver = cfg.SOLVER
+    with naming_keys(cfg, "SOLVER"):
+        groups = parameter_groups(model, solver.BASE_LR, solver.WEIGHT_DECAY, solver.RULES)
+        return build_adamw(groups, solver.BASE_LR, **arguments(build_adamw, cfg, "SOLVER"))
 
 
 def warmed_up(schedule: ParamScheduler, max_iter: int, warmup_iters: int) -> ParamScheduler:
