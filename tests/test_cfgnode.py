@@ -15,6 +15,7 @@ import dset_d2
 from dset_d2.arguments import arguments, build, find_group, keys_of
 from dset_d2.data import DETRMapper
 from dset_d2.engine.optimizer import build_optimizer
+from dset_d2.modeling import FreezeConfig, PlainAdapter
 from dset_d2.modeling.sparse import MemoryPruningConfig, MoEConfig, PruningConfig
 
 from .conftest import make_inputs
@@ -200,6 +201,17 @@ def test_keys_are_the_lazy_configs_arguments():
         keys[f"MODEL.{name.upper()}"] = value
     keys["TEST.DETECTIONS_PER_IMAGE"] = keys.pop("MODEL.MAX_DETECTIONS")
     assert_equal_models(build_model(make_cfg(None, keys)), instantiate(cfg.model))
+
+
+def test_vit_and_adapter_follow_their_keys():
+    keys = {"ADAPTER.NAME": "plain", "ADAPTER.IN_CHANNELS": 32, "ADAPTER.LAYER_NORM": True}
+    keys |= {"TAPS": [0, 2], "FREEZE.UNFREEZE_STEP": 5, "FREEZE.UNFREEZE_BLOCKS": 1}
+    cfg = make_cfg(None, DINOV3_LORA | {f"MODEL.DINOV3.{key}": keys[key] for key in keys})
+    cfg.MODEL.DINOV3.VIT.update(embed_dim=32, depth=4, num_heads=2)
+    backbone = build_model(cfg).backbone
+    assert isinstance(backbone.adapter, PlainAdapter) and backbone.adapter.norm.weight.numel() == 32
+    assert backbone.dinov3.embed_dim == 32 and backbone.taps == [0, 2]
+    assert backbone.phases.config == FreezeConfig(unfreeze_step=5, unfreeze_blocks=1)
 
 
 @pytest.mark.parametrize(("path", "file"), list(zip(PYTHON, YAML)))

@@ -71,8 +71,9 @@ def test_trains_evaluates_and_resumes(trainer_class, file, tmp_path):
     again = trainer_class(tiny_cfg(file, tmp_path, max_iter=3))
     again.resume_or_load(resume=True)
     assert again.start_iter == 2 and again.model.clock.step == 2
+    resumed = again.model.state_dict()
     for name, value in trainer.model.state_dict().items():
-        assert torch.equal(again.model.state_dict()[name], value), name
+        assert torch.equal(resumed[name], value), name
     again.train()
     assert again.model.clock.step == 3
     assert "bbox" in trainer_class.test(again.cfg, again.model)
