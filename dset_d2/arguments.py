@@ -44,7 +44,8 @@ def arguments(target: Callable, cfg: CfgNode, group: str) -> dict:
         if name.upper() not in node or isinstance(value, CfgNode):
             continue
         if not fits(value, parameter.annotation):
-            kind = getattr(parameter.annotation, "__name__", parameter.annotation)
+            kind = parameter.annotation
+            kind = kind.__name__ if isinstance(kind, type) else kind
             raise ValueError(f"{group}.{name.upper()}={value!r} must be {kind}")
         values[name] = value
     return values
@@ -74,12 +75,14 @@ def find_group(cfg: CfgNode, group: str) -> CfgNode:
 
 
 def fits(value: object, annotation: object) -> bool:
-    """Whether a value is of an annotated kind; what sequences hold is not looked at."""
-    union = get_origin(annotation) in (Union, UnionType)
-    kinds = get_args(annotation) if union else (annotation,)
-    kinds = [get_origin(kind) or kind for kind in kinds]
-    if Parameter.empty in kinds or not all(isinstance(kind, type) for kind in kinds):
-        return True  # not annotated, or by a name in quotes
+    """Whether a value, and what it holds, is of an annotated kind."""
+    kind, members = get_origin(annotation) or annotation, get_args(annotation)
+    if kind in (Union, UnionType):
+        return any(fits(value, member) for member in members)
+    if kind is Parameter.empty or not isinstance(kind, type):  # such as a name in quotes
+        return True
     if isinstance(value, bool | NoneType):
-        return type(value) in kinds
-    return any(isinstance(value, ACCEPTED.get(kind, kind)) for kind in kinds)
+        return type(value) is kind
+    if not isinstance(value, ACCEPTED.get(kind, kind)):
+        return False
+    return kind not in (tuple, list) or all(fits(item, *members[:1]) for item in value if members)

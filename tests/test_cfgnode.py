@@ -294,6 +294,7 @@ def test_saved_cfg_loads(tmp_path):
         ("ENCODER.FUSION", "none", "MODEL.ENCODER.FUSION='none' is not one of"),
         ("DECODER.NUM_QUERIES", 1.5, "MODEL.DECODER.NUM_QUERIES=1.5 must be int"),
         ("DECODER.NUM_QUERIES", True, "MODEL.DECODER.NUM_QUERIES=True must be int"),
+        ("DECODER.NUM_POINTS", [4, "a", 4], "MODEL.DECODER.NUM_POINTS=.*'a'.* must be tuple.int"),
         ("DECODER.NUM_DENOISING", -1, "MODEL.DECODER.NUM_DENOISING=-1 must not be negative"),
         ("PRESNET.DEPTH", 19, "MODEL.PRESNET.DEPTH=19 is not one of"),
     ],
