@@ -35,6 +35,15 @@ class Padding(NamedTuple):
         return (y[:, :, None] & x[:, None, :]).flatten(1)
 
 
+def as_tokens(feature: Tensor) -> Tensor:
+    """A feature map (B, C, H, W) as tokens (B, H * W, C)."""
+    if feature.requires_grad and len(feature) == 1:
+        # Of one image the gradient comes back in an order that BatchNorm on CPUs takes for another
+        # one, and gives wrong gradients (torch 2.15).
+        feature.register_hook(Tensor.contiguous)
+    return feature.flatten(2).transpose(1, 2)
+
+
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     """tokens (B, N, C), index (B, K) -> (B, K, C)."""
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))

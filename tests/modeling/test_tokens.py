@@ -36,3 +36,19 @@ def test_a_map_of_kept_tokens_knows_their_cells():
     assert second.index.tolist() == [[3, 7], [3, 7]]
     assert second.valid.tolist() == [[False, False], [True, True]]
     assert tokens.prune(None) is tokens and TokenMap((2, 4)).valid is None
+
+
+def test_one_image_alone_has_its_gradients():
+    """Those of a batch that holds it twice. BatchNorm on a CPU gives others without our doing."""
+    model = tiny_model(num_denoising=0).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    image = make_inputs([(64, 96)])
+    gradients = []
+    for batch in (image, image * 2):
+        model.zero_grad()
+        sum(model(batch).values()).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    for name, twice in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], twice, rtol=1e-3, atol=1e-5, msg=name)

@@ -14,7 +14,7 @@ from ..encoder import Encoded
 from ..ffn import make_ffn
 from ..layers import MLP, check_choice, projection
 from ..sparse import MemoryPruner, MemoryPruningConfig, MoEConfig, moe_layers
-from ..tokens import gather_tokens, prune
+from ..tokens import as_tokens, gather_tokens, prune
 from .deformable_attention import Memory, MSDeformableAttention
 from .denoising import Denoising, make_denoising
 from .queries import make_anchors
@@ -237,7 +237,7 @@ class DETRDecoder(Part):
             )
         features = [project(x) for project, x in zip(self.input_proj, encoded.features)]
         shapes = [tuple(x.shape[2:]) for x in features]
-        tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in features], dim=1)
+        tokens = torch.cat([as_tokens(x) for x in features], dim=1)
         valid = readable(shapes, encoded)
         content, reference, selected, scores = self.select_queries(
             tokens, make_anchors(shapes, tokens.device, encoded.padding), valid

@@ -12,7 +12,7 @@ from ..ffn import make_ffn
 from ..layers import ConvNorm, check_choice, constant, projection
 from ..registry import ENCODER_REGISTRY
 from ..sparse import MoEConfig, PruningConfig, TokenPruner, moe_layers
-from ..tokens import Padding, TokenMap, prune, restore
+from ..tokens import Padding, TokenMap, as_tokens, prune, restore
 from .base import Encoded
 from .fusion_blocks import CSPRepLayer, RepNCSPELAN4, SCDown
 
@@ -224,8 +224,8 @@ class HybridEncoder(nn.Module):
         position = position_embedding(
             height, width, self.hidden_dim, self.pe_temperature, feature.device
         )
-        tokens = feature.flatten(2).transpose(1, 2)
-        tokens, dropped = encoder(tokens, position, TokenMap((height, width), padding))
+        where = TokenMap((height, width), padding)
+        tokens, dropped = encoder(as_tokens(feature), position, where)
         return tokens.transpose(1, 2).unflatten(2, (height, width)).contiguous(), dropped
 
     def cross_scale(self, features: list[Tensor]) -> list[Tensor]:
