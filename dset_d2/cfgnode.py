@@ -3,7 +3,7 @@
 from detectron2.config import CfgNode
 
 from .arguments import keys_of
-from .data import DETRMapper
+from .data import DETRMapper, Mosaic
 from .data.augmentation import RandomIoUCrop, RandomPhotometric, RandomZoomOut
 from .engine.optimizer import build_adamw
 from .modeling import (
@@ -55,10 +55,11 @@ def add_detr_config(cfg: CfgNode) -> None:
       ``.MATCHER``                :class:`HungarianMatcher`
     ``INPUT``                     ``IMAGE_SIZE`` (height, width; images are stretched to it),
                                   ``STRONG_AUGMENTATION_END`` (the training step from which the
-                                  three below are left out) and what :class:`DETRMapper` takes
+                                  groups below are left out) and what :class:`DETRMapper` takes
       ``.RANDOM_PHOTOMETRIC``     :class:`RandomPhotometric`
       ``.RANDOM_ZOOM_OUT``        :class:`RandomZoomOut`
       ``.RANDOM_IOU_CROP``        :class:`RandomIoUCrop`
+      ``.MOSAIC``                 :class:`~dset_d2.data.Mosaic`, as ``Mosaic(cfg, dataset)``
     ``SOLVER``                    ``BETAS``, ``CLIP_NORM`` of :func:`build_adamw`; ``RULES`` of
                                   rates by name, each with the arguments of
                                   :class:`~dset_d2.engine.optimizer.RateRule` as they are
@@ -106,6 +107,7 @@ def add_detr_config(cfg: CfgNode) -> None:
             RANDOM_PHOTOMETRIC=keys_of(RandomPhotometric),
             RANDOM_ZOOM_OUT=keys_of(RandomZoomOut),
             RANDOM_IOU_CROP=keys_of(RandomIoUCrop),
+            MOSAIC=keys_of(Mosaic, PROB=0.0),
         )
     )
     cfg.SOLVER.update(keys_of(build_adamw, RULES=CfgNode(new_allowed=True)))

@@ -13,7 +13,7 @@ from torch import nn
 
 import dset_d2
 from dset_d2.arguments import arguments, build, find_group, keys_of
-from dset_d2.data import DETRMapper
+from dset_d2.data import DETRMapper, Mosaic
 from dset_d2.engine.optimizer import build_optimizer
 from dset_d2.modeling import FreezeConfig, PlainAdapter
 from dset_d2.modeling.sparse import MemoryPruningConfig, MoEConfig, PruningConfig
@@ -223,7 +223,9 @@ def test_runs_equal_the_lazy_configs(path, file):
         assert plain(DETRMapper(cfg, is_train=is_train)) == plain(instantiate(wanted))
     assert list(cfg.DATASETS.TRAIN) == [loaders.train.dataset.names]
     assert list(cfg.DATASETS.TEST) == [loaders.test.dataset.names]
-    assert cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS == loaders.train.dataset.filter_empty
+    assert cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS == loaders.train.dataset.get(
+        "filter_empty", False
+    )
     assert cfg.DATALOADER.ASPECT_RATIO_GROUPING == loaders.train.aspect_ratio_grouping
     assert cfg.SOLVER.IMS_PER_BATCH == loaders.train.total_batch_size
     assert cfg.SOLVER.MAX_ITER == lazy.train.max_iter
@@ -266,6 +268,16 @@ def test_augmentations_follow_their_keys():
     cfg.INPUT.IMAGE_SIZE = [640]
     with pytest.raises(ValueError, match=r"INPUT.IMAGE_SIZE=\[640\] must be a height and a width"):
         DETRMapper(cfg, is_train=False)
+
+
+def test_mosaic_follows_its_keys():
+    cfg = make_cfg(None, {"INPUT.MOSAIC.MIXUP_PROB": 0.5, "INPUT.MOSAIC.SCALE": [0.25, 0.5]})
+    cfg.INPUT.STRONG_AUGMENTATION_END = 4
+    mosaic = Mosaic(cfg, [{"file_name": "x.jpg"}])
+    assert (mosaic.prob, mosaic.mixup_prob, mosaic.scale, mosaic.end) == (0, 0.5, (0.25, 0.5), 4)
+    cfg.INPUT.MOSAIC.PROB = 2.0
+    with pytest.raises(ValueError, match=r"prob=2.0 must lie in \[0, 1\]"):
+        Mosaic(cfg, [{}])
 
 
 def test_saved_cfg_loads(tmp_path):

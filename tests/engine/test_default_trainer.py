@@ -6,8 +6,11 @@ import logging
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
 
 import dset_d2
+from dset_d2.clock import shared_step
+from dset_d2.data import DETRMapper, Mosaic
 from dset_d2.synthetic import write_dataset
 
 from ..test_configs import ROOT
@@ -26,6 +29,7 @@ def datasets(tmp_path_factory):
 @pytest.fixture
 def trainer_class(datasets, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "detectron2")  # else the trainer sets loggers up for good
+    monkeypatch.setattr(shared_step, "value", 0)  # and the process's count is left as it was
     monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets))
     (code,) = [x for x in (ROOT / "README.md").read_text().split("```") if "DefaultTrainer)" in x]
     definitions, run, _ = code.removeprefix("python").partition("\ncfg = get_cfg()")
@@ -77,3 +81,13 @@ def test_trains_evaluates_and_resumes(trainer_class, file, tmp_path):
     again.train()
     assert again.model.clock.step == 3
     assert "bbox" in trainer_class.test(again.cfg, again.model)
+
+
+def test_loader_of_a_mosaic(trainer_class, tmp_path):
+    cfg = tiny_cfg(SPARSE, tmp_path, max_iter=2)
+    cfg.INPUT.MOSAIC.PROB, cfg.INPUT.STRONG_AUGMENTATION_END = 1.0, 10**6
+    mosaic = Mosaic(cfg, get_detection_dataset_dicts(cfg.DATASETS.TRAIN, False))
+    assert len(mosaic) == 4 and "composition" in mosaic[0]
+    mapper = DETRMapper(cfg, is_train=True)
+    batch = next(iter(build_detection_train_loader(cfg, dataset=mosaic, mapper=mapper)))
+    assert [tuple(x["image"].shape) for x in batch] == [(3, 64, 64)] * 2
