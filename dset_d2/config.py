@@ -130,7 +130,7 @@ def parameters_of(target: Callable | str | None) -> dict[str, Parameter]:
     if target is None:
         return {}
     target = locate(target) if isinstance(target, str) else target
-    found: dict[str, Parameter] = {}
+    found = {}
     for owner in getattr(target, "__mro__", [target]):
         try:
             parameters = signature(owner).parameters.values()
