@@ -7,11 +7,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.solver import WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import LinearParamScheduler, ParamScheduler
 from torch import nn
 
+from ..arguments import arguments, naming_keys
 from ..clock import begin_training
 from ..modeling import FreezeConfig, MetaArch
 from ..modeling.backbone.base import PretrainedBackbone
@@ -130,6 +132,14 @@ def build_adamw(
 
     optimizer.register_step_pre_hook(prepare)
     return optimizer
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
+    """:func:`build_adamw` by a ``CfgNode``'s ``SOLVER``, for Detectron2's ``DefaultTrainer``."""
+    solver = cfg.SOLVER
+    with naming_keys(cfg, "SOLVER"):
+        groups = parameter_groups(model, solver.BASE_LR, solver.WEIGHT_DECAY, solver.RULES)
+        return build_adamw(groups, solver.BASE_LR, **arguments(build_adamw, cfg, "SOLVER"))
 
 
 def warmed_up(schedule: ParamScheduler, max_iter: int, warmup_iters: int) -> ParamScheduler:

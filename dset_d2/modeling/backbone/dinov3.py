@@ -9,6 +9,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...arguments import arguments, build
 from ..context import checkpoint_contexts, current
 from ..freezing import FreezeConfig, Phases, zero_gradients
 from ..layers import check_choice
@@ -94,19 +95,17 @@ class DINOv3(PretrainedBackbone):
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> dict:
-        node = cfg.MODEL.DINOV3
-        check_choice("MODEL.DINOV3.ADAPTER", node.ADAPTER, ADAPTERS)
-        freeze = None
-        if node.FREEZE:
-            step = node.UNFREEZE_STEP
-            freeze = FreezeConfig(None if step < 0 else step, node.UNFREEZE_BLOCKS)
-        return {
-            "adapter": ADAPTERS[node.ADAPTER](node.EMBED_DIM, node.OUT_CHANNELS),
-            "name": node.NAME,
-            "taps": tuple(node.TAPS),
+        node, freeze, lora = cfg.MODEL.DINOV3, None, None
+        check_choice("MODEL.DINOV3.ADAPTER.NAME", node.ADAPTER.NAME, ADAPTERS)
+        if node.FREEZE.ENABLED:
+            freeze = build(FreezeConfig, cfg, "MODEL.DINOV3.FREEZE")
+        if node.LORA.RANK:
+            lora = build(LoRAConfig, cfg, "MODEL.DINOV3.LORA")
+        return arguments(cls, cfg, "MODEL.DINOV3") | {
+            "adapter": build(ADAPTERS[node.ADAPTER.NAME], cfg, "MODEL.DINOV3.ADAPTER"),
+            "vit": dict(node.VIT),
             "freeze": freeze,
-            "lora": LoRAConfig(node.LORA_RANK, node.LORA_ALPHA) if node.LORA_RANK else None,
-            "gradient_checkpointing": node.GRADIENT_CHECKPOINTING,
+            "lora": lora,
         }
 
     @property

@@ -9,6 +9,7 @@ from detectron2.config import configurable
 from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 
+from ...arguments import arguments
 from ..layers import check_choice, convolution
 from .base import ConvBackbone
 
@@ -232,14 +233,7 @@ class HGNetv2(ConvBackbone):
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> dict:
-        node = cfg.MODEL.HGNETV2
-        return {
-            "name": node.NAME,
-            "use_lab": node.USE_LAB,
-            "freeze_at": node.FREEZE_AT,
-            "freeze_norm": node.FREEZE_NORM,
-            "out_features": tuple(node.OUT_FEATURES),
-        }
+        return arguments(cls, cfg, "MODEL.HGNETV2")
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> {"stage2": (B, C, H / 8, W / 8), ...} for the chosen features."""

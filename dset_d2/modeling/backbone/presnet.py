@@ -7,6 +7,7 @@ from detectron2.config import configurable
 from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 
+from ...arguments import arguments
 from ..layers import ConvNorm, check_choice
 from .base import ConvBackbone
 
@@ -118,13 +119,7 @@ class PResNet(ConvBackbone):
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> dict:
-        node = cfg.MODEL.PRESNET
-        return {
-            "depth": node.DEPTH,
-            "freeze_at": node.FREEZE_AT,
-            "freeze_norm": node.FREEZE_NORM,
-            "out_features": tuple(node.OUT_FEATURES),
-        }
+        return arguments(cls, cfg, "MODEL.PRESNET")
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> {"res3": (B, C, H / 8, W / 8), ...} for the chosen features."""
