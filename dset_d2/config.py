@@ -3,10 +3,12 @@
 import difflib
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import is_dataclass
 from inspect import Parameter, signature
 from pathlib import Path
+from typing import get_args
 
-from detectron2.config import LazyConfig
+from detectron2.config import LazyCall, LazyConfig
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -78,16 +80,24 @@ def get_config(path: str) -> DictConfig:
 def apply_overrides(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     """Detectron2's overrides, but a key that the config lacks is an error with a suggestion.
 
+    One of a group of settings that is off, such as ``model.encoder.moe.num_experts=4``, puts the
+    group there.
+
     Raises:
-        ValueError: on such a key, on text in place of a number, a list or a group of settings, or
-            on an override that cannot be read or applied; names it.
+        ValueError: on such a key, on text in place of a number, a list or a group of settings, on
+            an override that cannot be read or applied, or on a group that lacks what has no
+            default; names it.
     """
     known = all_keys(cfg)
+    groups = []
     for override in overrides:
         key, _, value = override.partition("=")
         if "=" in value and value[0] not in "\"'[{(":  # such as a path, which the parser refuses
             override = f"{key}={json.dumps(value)}"
         key = key.lstrip("+~")
+        if added := add_groups(cfg, key):
+            groups += added
+            known = all_keys(cfg)
         if not override.startswith("+") and key not in known:
             raise ValueError(
                 f"the config has no key {key!r}{nearest(key, known)}; +{override} adds it"
@@ -103,7 +113,44 @@ def apply_overrides(cfg: DictConfig, overrides: list[str]) -> DictConfig:
                 # Names of data sets may be one or a list.
                 if isinstance(before, kind) and not (kind is ListConfig and key.endswith("names")):
                     raise ValueError(f"override {override!r}: {key} is {name}, as {before}")
+    for key in groups:
+        check_complete(cfg, key)
     return cfg
+
+
+def add_groups(cfg: DictConfig, key: str) -> list[str]:
+    """Put the groups of settings that a dotted key lies in, and that are off, into the config.
+
+    Such a group is a dataclass which the ``_target_`` that it is for takes, or None in its place.
+
+    Returns:
+        Their dotted names.
+    """
+    added = []
+    node, parts = cfg, key.split(".")
+    for depth, name in enumerate(parts[:-1], 1):
+        if not isinstance(node, DictConfig):
+            break
+        if node.get(name) is None:
+            parameter = parameters_of(node.get("_target_")).get(name)
+            kinds = get_args(parameter.annotation) if parameter else ()
+            settings = next(filter(is_dataclass, kinds), None)
+            if settings is None:
+                break
+            node[name] = LazyCall(settings)()
+            added.append(".".join(parts[:depth]))
+        node = node[name]
+    return added
+
+
+def check_complete(cfg: DictConfig, key: str) -> None:
+    """Raise a ValueError if a group of settings lacks one that has no default."""
+    group = OmegaConf.select(cfg, key)
+    if group is None:  # turned off again
+        return
+    for name, parameter in parameters_of(group.get("_target_")).items():
+        if parameter.default is Parameter.empty and name not in group:
+            raise ValueError(f"{key} needs {name}, which has no default: add {key}.{name}=VALUE")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -12,6 +12,8 @@ from omegaconf import DictConfig
 
 import dset_d2
 from dset_d2.config import apply_overrides, load_config
+from dset_d2.modeling import LoRAConfig
+from dset_d2.modeling.sparse import MoE, MoEConfig, PruningConfig
 
 from .conftest import make_inputs
 
@@ -37,6 +39,8 @@ PARAMETERS = {  # published, in millions
 @pytest.mark.parametrize("path", CONFIGS)
 def test_config_trains_and_detects(path, tmp_path):
     cfg = dset_d2.get_config(path)
+    if cfg.model.decoder.num_classes is None:
+        cfg.model.decoder.num_classes = 3
     model = instantiate(cfg.model)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
@@ -123,6 +127,52 @@ def test_misspelt_override_suggests_the_right_key():
     assert decoder.decoder.layers[0].dropout1.p == 0.1 and decoder.eval_idx == 0
 
 
+ENCODER_MOE = "model.encoder.moe"
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_groups_that_are_off_turn_on(tmp_path, saved):
+    cfg = dset_d2.get_config("configs/rtdetr/rtdetrv2_r18_coco.py")
+    if saved:  # its classes are then named by text
+        LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
+        cfg = LazyConfig.load(str(tmp_path / "config.yaml"))
+    assert "moe" not in cfg.model.encoder
+    overrides = ["encoder.moe.num_experts=2", "encoder.pruning.keep_ratio=0.7"]
+    overrides += ["decoder.moe.top_k=1", "decoder.moe.num_experts=4"]
+    apply_overrides(cfg, [f"model.{override}" for override in overrides])
+    model = instantiate(cfg.model)
+    assert sum(isinstance(module, MoE) for module in model.modules()) == 4
+    groups = [cfg.model.encoder.moe, cfg.model.encoder.pruning, cfg.model.decoder.moe]
+    expected = [MoEConfig(2), PruningConfig(0.7), MoEConfig(4, 1)]
+    assert [instantiate(group) for group in groups] == expected
+    apply_overrides(cfg, [f"{ENCODER_MOE}=null", "model.encoder.pruning=null"])
+    assert cfg.model.encoder.moe is None and cfg.model.encoder.pruning is None
+
+
+def test_groups_of_a_backbone_turn_on():
+    cfg = dset_d2.get_config("projects/dfine_dinov3/configs/dfine_dinov3_s_coco.py")
+    assert cfg.model.backbone.lora is None
+    apply_overrides(cfg, ["model.backbone.lora.rank=4", "model.backbone.lora.blocks=2"])
+    assert instantiate(cfg.model.backbone.lora) == LoRAConfig(rank=4, blocks=2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([f"{ENCODER_MOE}.top_k=1"], f"{ENCODER_MOE} needs num_experts, which has no default"),
+        ([f"{ENCODER_MOE}.num_expert=4"], f"no key .*; close to it: {ENCODER_MOE}.num_experts"),
+        (["model.encoder.mor.top_k=1"], "the config has no key 'model.encoder.mor.top_k'"),
+        (["model.backbone.lora.rank=8"], "the config has no key 'model.backbone.lora.rank'"),
+        (["model.encoder.hidden_dim.x=8"], "the config has no key 'model.encoder.hidden_dim.x'"),
+    ],
+)
+def test_groups_that_cannot_be_turned_on(overrides, message):
+    cfg = dset_d2.get_config("configs/rtdetr/rtdetrv2_r18_coco.py")
+    with pytest.raises(ValueError, match=message):
+        apply_overrides(cfg, overrides)
+    apply_overrides(cfg, [f"{ENCODER_MOE}.top_k=1", f"{ENCODER_MOE}=null"])
+
+
 def test_custom_config_takes_files_and_registered_data_sets(tmp_path):
     image = {"id": 1, "file_name": "x.jpg", "height": 4, "width": 5}
     category = {"id": 3, "name": "car"}
@@ -144,6 +194,12 @@ def test_custom_config_takes_files_and_registered_data_sets(tmp_path):
     assert len(instantiate(by_file.test.dataset)) == 1
     with pytest.raises(ValueError, match="'my_train': set json_file and image_root"):
         instantiate(switched("names=my_train", f"image_root={tmp_path}").test.dataset)
+
+
+def test_no_number_of_classes_is_an_error():
+    cfg = dset_d2.get_config("configs/rtdetr/rtdetrv2_r18_custom.py")
+    with pytest.raises(ValueError, match="num_classes=None must be the number of your categories"):
+        instantiate(cfg.model)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,8 @@
 """Mosaic and mixup: training images that are made of several images of the data set.
 
 Detectron2's mapper is given one dataset dict at a time. Here the data set draws further ones, and
-``DETRMapper``, which alone reads files, puts them together before its own augmentations::
-
-    dataloader.train.dataset = L(Mosaic)(
-        dataset=dataloader.train.dataset, prob=0.5, end="${dataloader.strong_augmentation_end}"
-    )
+``DETRMapper``, which alone reads files, puts them together before its own augmentations. Configs
+switch it on by ``dataloader.mosaic.prob`` and ``dataloader.mosaic.mixup_prob``.
 
 ``UntilStep(..., on_mosaic=False)`` leaves such images out of an augmentation.
 """

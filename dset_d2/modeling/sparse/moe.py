@@ -48,7 +48,7 @@ class MoEConfig:
     """
 
     num_experts: int
-    top_k: int
+    top_k: int = 2
     expert_dim: int | None = None
     patch_size: int = 1
     act: str | None = None
