@@ -24,19 +24,20 @@ from pathlib import Path
 import torch
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import default_argument_parser, default_writers, hooks, launch
+from detectron2.engine import default_argument_parser, hooks, launch
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.logger import setup_logger
+from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from omegaconf import DictConfig, OmegaConf
 
 from ..checkpoint import load_initial, load_upstream
 from ..config import find_config, nearest
 from ..data.checks import check_datasets, check_images, dataset_names, target_name
 from ..engine.checkpointer import AtomicCheckpointer
+from ..engine.console import ConsoleWriter, evaluation_lines, printed_to_log, set_up_logs
 from ..engine.ema import ModelEMA
 from ..engine.folder import CONFIG, LAST, claimed, written
 from ..engine.hooks import (
@@ -96,8 +97,11 @@ def check_data(cfg: DictConfig, trained: list[str]) -> Callable[[torch.nn.Module
             raise UsageError(no_metric(cfg.train.best_metric, known))
 
     def evaluate(model: torch.nn.Module) -> dict:
-        results = inference_on_dataset(model, loader, evaluator)
+        with printed_to_log():
+            results = inference_on_dataset(model, loader, evaluator)
         print_csv_format(results)
+        for line in evaluation_lines(results):
+            logger.info("%s", line)
         return results
 
     return evaluate
@@ -141,7 +145,7 @@ def train(cfg: DictConfig, resume: bool) -> None:
     output_dir = cfg.train.output_dir
     resumed = resume and Path(output_dir, LAST).exists()
     model = build_model(cfg)
-    logger.info("Model:\n%s", model)
+    logger.debug("Model:\n%s", model)
     if cfg.train.init_checkpoint and not resumed:
         with initial_weights(cfg):
             load_initial(model, cfg.train.init_checkpoint)
@@ -172,7 +176,7 @@ def train(cfg: DictConfig, resume: bool) -> None:
     if main and not resumed:  # only now, as all that could be checked is built and loaded
         for path in written(Path(output_dir)):
             path.unlink()
-    writers = default_writers(output_dir, cfg.train.max_iter) if main else []
+    writers = make_writers(output_dir, cfg.train.max_iter) if main else []
     trainer.register_hooks(
         [
             # By default it waits three steps; in a run that ends before, the ETA divides by zero.
@@ -210,6 +214,12 @@ def train(cfg: DictConfig, resume: bool) -> None:
         checkpointer.save("model_final", iteration=trainer.iter)
 
 
+def make_writers(output_dir: str, max_iter: int) -> list[EventWriter]:
+    """As Detectron2's, but with our console."""
+    files = [JSONWriter(f"{output_dir}/metrics.json"), TensorboardXWriter(output_dir)]
+    return [ConsoleWriter(max_iter), *files]
+
+
 def initial_weights(cfg: DictConfig) -> AbstractContextManager:
     return usage_errors(f"train.init_checkpoint={cfg.train.init_checkpoint}")
 
@@ -220,11 +230,11 @@ def set_up(cfg: DictConfig, args: Namespace) -> None:
     That one would also replace the config of the run in the folder before anything is tried.
     """
     rank = comm.get_rank()
-    for name in ("fvcore", "detectron2", "dset_d2"):
-        setup_logger(cfg.train.output_dir, distributed_rank=rank, name=name)
-    logger.info("Environment:\n%s", collect_env_info())
-    logger.info("Command line: %s", args)
-    logger.info("Config:\n%s", Path(args.config_file).read_text())
+    set_up_logs(cfg.train.output_dir, rank)
+    logger.info("%s: the log of all is %s/log.txt", Path(args.config_file).name, cfg.train.output_dir)
+    logger.debug("Environment:\n%s", collect_env_info())
+    logger.debug("Command line: %s", args)
+    logger.debug("Config:\n%s", Path(args.config_file).read_text())
     seed_all_rng(None if cfg.train.seed < 0 else cfg.train.seed + rank)
 
 
