@@ -14,6 +14,26 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 PACKAGE = Path(__file__).parent
 ROOTS = (PACKAGE.parent, PACKAGE)  # of the project's configs, in a checkout and when installed
 
+
+def epochs(count: float, *, _root_: DictConfig) -> int:
+    """``${epochs:N}`` in a config: N epochs in training steps, by images per batch."""
+    images = _root_.train.images / _root_.dataloader.train.total_batch_size
+    return max(1, round(count * max(1, round(images))))
+
+
+def part_of_run(done: float, whole: float, *, _root_: DictConfig) -> int:
+    """``${part_of_run:10,100}`` in a config: the step where 10 parts of 100 of the run are done.
+
+    However long the run is: schedules that are written so move with it.
+    """
+    if not 0 <= done <= whole:
+        raise ValueError(f"part_of_run:{done},{whole} must satisfy 0 <= done <= whole")
+    return round(_root_.train.max_iter * done / whole)
+
+
+for resolver in (epochs, part_of_run):
+    OmegaConf.register_new_resolver(resolver.__name__, resolver)
+
 # What an override must not replace by text; bool is an int, too, and comes first.
 KINDS = {
     bool: "true or false",

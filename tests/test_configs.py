@@ -119,7 +119,7 @@ def test_custom_config_takes_files_and_registered_data_sets(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.max_iter=abc", "train.max_iter is a number, as 887040"),
+        ("train.max_iter=abc", "train.max_iter is a number, as 887160"),
         ("train.amp.enabled=no", "train.amp.enabled is true or false, as False"),
         ("dataloader.image_size=640px", r"dataloader.image_size is a list, as \[640, 640\]"),
         ("train.ema=off", "train.ema is a group of settings"),

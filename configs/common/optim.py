@@ -16,4 +16,6 @@ optimizer = L(build_adamw)(
     clip_norm=0.1,
 )
 
-lr_multiplier = L(warmup_constant)(max_iter="${train.max_iter}", warmup_iters=2000)
+lr_multiplier = L(warmup_constant)(
+    max_iter="${train.max_iter}", warmup_iters="${part_of_run:1,100}"
+)

@@ -6,7 +6,11 @@ train = dict(
     output_dir="./output",
     init_checkpoint="",
     seed=-1,
-    max_iter=90000,
+    # The length. Where configs give steps as ${epochs:N} or ${part_of_run:N,M} (dset_d2.config),
+    # these follow it, the batch and the data set.
+    epochs=72,
+    images=118287,  # of training; our launcher counts them
+    max_iter="${epochs:${train.epochs}}",
     amp=dict(enabled=False),
     # Our models move their inputs themselves, so that device_ids are needed on no device.
     ddp=dict(
@@ -15,12 +19,13 @@ train = dict(
         find_unused_parameters=False,
         fp16_compression=False,
     ),
-    checkpointer=dict(period=5000, max_to_keep=3),
-    eval_period=5000,
+    checkpointer=dict(period="${train.eval_period}", max_to_keep=3),
+    eval_period="${epochs:1}",
     log_period=20,
     device="cuda" if torch.cuda.is_available() else "cpu",
     # Read by dset_d2.tools.lazyconfig_train_net only:
-    epoch_iters=0,  # steps of one pass over the training set, to log epochs; 0 logs none
+    accumulate=1,  # parts of a batch that are computed in turn, to save memory
+    lr_batch_size=0,  # batch that optimizer.lr is meant for: others scale it linearly; 0: none does
     ema=dict(enabled=True, decay=0.9999, warmup=2000),
     best_metric="bbox/AP",
     early_stopping_patience=0,  # evaluations without a better best_metric; 0 never stops early

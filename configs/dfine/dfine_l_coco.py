@@ -10,4 +10,4 @@ model.multi_scale = OTHER_SCALES + [640] * 4
 optimizer.update(lr=2.5e-4, weight_decay=1.25e-4)
 optimizer.params.rules.backbone.factor = 0.05
 train.output_dir = "./output/dfine_l_coco"
-train_for(80, 8, train, dataloader, model)
+train_for(80, 8, 500, train, dataloader, model, lr_multiplier)

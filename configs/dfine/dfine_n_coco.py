@@ -22,4 +22,4 @@ model.multi_scale = []
 dataloader.train.total_batch_size = 128
 optimizer.lr = 8e-4
 train.output_dir = "./output/dfine_n_coco"
-train_for(160, 12, train, dataloader, model)
+train_for(160, 12, 500, train, dataloader, model, lr_multiplier)

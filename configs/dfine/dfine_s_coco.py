@@ -10,7 +10,6 @@ dataloader.train.total_batch_size = 32
 model.multi_scale = OTHER_SCALES + [640] * 20
 optimizer.lr = 2e-4
 optimizer.params.rules.backbone.factor = 0.5
-lr_multiplier.warmup_iters = 500
 train.ema.warmup = 1000
 train.output_dir = "./output/dfine_s_coco"
-train_for(132, 12, train, dataloader, model)
+train_for(132, 12, 500, train, dataloader, model, lr_multiplier)

@@ -7,4 +7,4 @@ from ..common.optim import lr_multiplier, optimizer
 from ..common.train import train
 
 train.output_dir = "./output/rtdetrv2_r18_coco"
-train_for(120, 3, train, dataloader, model)
+train_for(120, 3, 2000, train, dataloader, model, lr_multiplier)

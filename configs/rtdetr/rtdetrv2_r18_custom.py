@@ -11,8 +11,9 @@ from .rtdetrv2_r18_coco import dataloader, model, optimizer, train
 dataloader.train.dataset = L(coco_dataset)(names="custom_train", json_file="", image_root="")
 dataloader.test.dataset = L(coco_dataset)(names="custom_val", json_file="", image_root="")
 train.output_dir = "./output/rtdetrv2_r18_custom"
-train.update(max_iter=10000, eval_period=1000, epoch_iters=0)
-train.checkpointer.period = 1000
-dataloader.strong_augmentation_end = 9000
-lr_multiplier = L(flat_cosine)(max_iter="${train.max_iter}", warmup_iters=500, flat=0.5, floor=0.01)
+train.epochs = 72
+dataloader.strong_augmentation_end = "${part_of_run:65,72}"
+lr_multiplier = L(flat_cosine)(
+    max_iter="${train.max_iter}", warmup_iters="${part_of_run:4,72}", flat=0.5, floor=0.01
+)
 train.ema.update(decay=0.999, warmup=500)

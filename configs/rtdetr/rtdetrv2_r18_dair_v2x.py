@@ -13,8 +13,7 @@ model.decoder.num_classes = 8
 dataloader.train.dataset.names = "dair_v2x_i_train"
 dataloader.test.dataset.names = "dair_v2x_i_val"
 
-epoch = 5042 // 16  # images / batch
-dataloader.strong_augmentation_end = 90 * epoch
+dataloader.strong_augmentation_end = "${part_of_run:90,100}"
 optimizer.update(lr=1e-4, clip_norm=10.0)
 optimizer.params.rules.backbone.factor = 0.1
 # Sparse parts are new where the rest of the encoder is pretrained.
@@ -22,13 +21,11 @@ optimizer.params.rules.encoder = dict(
     pattern=r"^encoder\.(?!.*\b(router|experts|pruner)\b)", factor=0.1
 )
 lr_multiplier = L(flat_cosine)(
-    max_iter="${train.max_iter}", warmup_iters=3 * epoch, flat=0.0, floor=0.01
+    max_iter="${train.max_iter}", warmup_iters="${part_of_run:3,100}", flat=0.0, floor=0.01
 )
 train.update(
     output_dir="./output/rtdetrv2_r18_dair_v2x",
-    max_iter=100 * epoch,
-    eval_period=epoch,
-    epoch_iters=epoch,
+    epochs=100,
+    images=5042,
     early_stopping_patience=35,
 )
-train.checkpointer.period = epoch

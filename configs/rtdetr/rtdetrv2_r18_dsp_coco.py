@@ -10,4 +10,4 @@ from .rtdetrv2_r18_coco import dataloader, lr_multiplier, model, optimizer, trai
 model.decoder.cross_attn_method = "discrete"
 train.output_dir = "./output/rtdetrv2_r18_dsp_coco"
 train.init_checkpoint = "./output/rtdetrv2_r18_coco/model_final.pth"
-train_for(36, 3, train, dataloader, model)
+train_for(36, 3, 2000, train, dataloader, model, lr_multiplier)

@@ -22,17 +22,17 @@ dataloader.train.update(total_batch_size=4, num_workers=1)
 dataloader.test.dataset.names = "dair_v2x_i_val"
 dataloader.test.num_workers = 1
 
-epoch = 480 // 4  # images / batch
 optimizer.lr = 5e-4
-lr_multiplier = L(flat_cosine)(max_iter="${train.max_iter}", warmup_iters=50, flat=0.0, floor=0.01)
+lr_multiplier = L(flat_cosine)(
+    max_iter="${train.max_iter}", warmup_iters="${part_of_run:0.4,6}", flat=0.0, floor=0.01
+)
 train.update(
     output_dir="./output/rtdetrv2_r18_roadside",
     seed=0,
-    max_iter=6 * epoch,
-    eval_period=3 * epoch,
-    epoch_iters=epoch,
+    epochs=6,
+    images=480,
+    eval_period="${part_of_run:3,6}",
     best_metric="bbox/AP50",
     log_period=10,
 )
-train.checkpointer.period = 3 * epoch
 train.ema.update(decay=0.98, warmup=50)

@@ -9,4 +9,4 @@ model.decoder.num_layers = 6
 model.multi_scale = SCALES
 optimizer.params.rules.backbone.factor = 0.1
 train.output_dir = "./output/rtdetrv2_r50_coco"
-train_for(72, 1, train, dataloader, model)
+train_for(72, 1, 2000, train, dataloader, model, lr_multiplier)

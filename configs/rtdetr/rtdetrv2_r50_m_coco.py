@@ -6,4 +6,4 @@ from .rtdetrv2_r50_coco import dataloader, lr_multiplier, model, optimizer, trai
 model.encoder.expansion = 0.5
 model.decoder.eval_idx = 2
 train.output_dir = "./output/rtdetrv2_r50_m_coco"
-train_for(84, 3, train, dataloader, model)
+train_for(84, 3, 2000, train, dataloader, model, lr_multiplier)

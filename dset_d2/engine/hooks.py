@@ -54,17 +54,21 @@ class EMAHook(HookBase):
 
 
 class EpochReporter(HookBase):
-    """Logs the passes over the training set, for people who think in epochs."""
+    """Logs the passes over the training set, for people who think in epochs.
 
-    def __init__(self, epoch_iters: int) -> None:
-        self.epoch_iters = epoch_iters
+    Args:
+        steps: of one pass; images per batch, which need not be a whole number.
+    """
+
+    def __init__(self, steps: float) -> None:
+        self.steps = steps
 
     def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        self.trainer.storage.put_scalar("epoch", done / self.epoch_iters, smoothing_hint=False)
-        if done % self.epoch_iters == 0:
-            total = self.trainer.max_iter / self.epoch_iters
-            logger.info("Epoch %d of %g is done", done // self.epoch_iters, round(total, 2))
+        done = (self.trainer.iter + 1) / self.steps
+        self.trainer.storage.put_scalar("epoch", done, smoothing_hint=False)
+        if int(done) > int(self.trainer.iter / self.steps):
+            total = self.trainer.max_iter / self.steps
+            logger.info("Epoch %d of %g is done", int(done), round(total, 2))
 
 
 class SparsityPictures(HookBase):

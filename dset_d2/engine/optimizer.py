@@ -121,8 +121,10 @@ def build_adamw(
 
 def warmed_up(schedule: ParamScheduler, max_iter: int, warmup_iters: int) -> ParamScheduler:
     """Linear warm-up over the first ``warmup_iters`` of ``max_iter`` steps, then ``schedule``."""
-    if warmup_iters < 1:
-        raise ValueError(f"warmup_iters={warmup_iters} must be at least 1")
+    if warmup_iters < 0:
+        raise ValueError(f"warmup_iters={warmup_iters} must not be negative")
+    if warmup_iters == 0:
+        return schedule
     start = 1 / warmup_iters
     if warmup_iters >= max_iter:  # the run ends within the warm-up
         return LinearParamScheduler(start, max_iter / warmup_iters)

@@ -184,7 +184,7 @@ def train(cfg: DictConfig, resume: bool) -> None:
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             ConfigSaver(saved_cfg, f"{output_dir}/{CONFIG}") if main else None,
             EMAHook(ema, model) if ema else None,
-            EpochReporter(cfg.train.epoch_iters) if cfg.train.epoch_iters else None,
+            EpochReporter(cfg.train.images / cfg.dataloader.train.total_batch_size),
             sparsity_pictures(cfg, model) if main else None,
             StatisticsHook([period, saving.period], model, ema),
             Evaluation(period, evaluate_best, metric),

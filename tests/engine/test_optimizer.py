@@ -98,8 +98,9 @@ def test_warmup():
     assert rates == pytest.approx([0.01, 0.495, 1, 1], abs=0.01)
     longer = warmup_constant(max_iter=10, warmup_iters=100)
     assert longer(1.0) == pytest.approx(0.1)
-    with pytest.raises(ValueError, match="warmup_iters=0"):
-        warmup_constant(10, 0)
+    assert warmup_constant(max_iter=10, warmup_iters=0)(0.0) == 1
+    with pytest.raises(ValueError, match="warmup_iters=-1"):
+        warmup_constant(10, -1)
 
 
 def test_groups_skip_frozen_parameters():

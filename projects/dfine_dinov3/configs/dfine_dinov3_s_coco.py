@@ -15,8 +15,6 @@ from ....configs.common.models.dfine_s import model
 from ....configs.common.optim import optimizer
 from ....configs.common.train import train
 
-epochs, frozen_epochs, plain_epochs = 60, 6, 6
-
 model.backbone = L(DINOv3)(
     name="vit_small_patch16_dinov3_qkvb",
     taps=[5, 8, 11],
@@ -51,12 +49,12 @@ optimizer.params.rules.update(
 )
 train.ema.warmup = 1000
 train.output_dir = "./output/dfine_dinov3_s_coco"
-train_for(epochs, plain_epochs, train, dataloader, model)
-model.backbone.freeze.unfreeze_step = frozen_epochs * train.eval_period
 lr_multiplier = L(flat_cosine)(
     max_iter="${train.max_iter}",
-    warmup_iters=2000,
+    warmup_iters=0,
     flat=0.5,
     floor=0.5,
-    final=plain_epochs / epochs,
+    final=6 / 60,
 )
+model.backbone.freeze.unfreeze_step = "${part_of_run:6,60}"
+train_for(60, 6, 2000, train, dataloader, model, lr_multiplier)

@@ -2,7 +2,6 @@
 
 from ....configs.rtdetr.rtdetrv2_r18_roadside import (
     dataloader,
-    epoch,
     lr_multiplier,
     model,
     optimizer,
@@ -11,7 +10,7 @@ from ....configs.rtdetr.rtdetrv2_r18_roadside import (
 from .common.sparse import decoder_moe, patch_moe, pruning
 
 model.encoder.update(pruning=pruning, moe=patch_moe)
-model.encoder.pruning.update(min_tokens=8, end_step=2 * epoch)
+model.encoder.pruning.update(min_tokens=8, end_step="${part_of_run:2,6}")
 model.decoder.moe = decoder_moe
 model.decoder.moe.num_experts = 4
 model.decoder.moe.top_k = 2

@@ -4,11 +4,9 @@ from detectron2.config import LazyCall as L
 
 from dset_d2.modeling.sparse import MemoryPruningConfig, MoEConfig, PruningConfig
 
-EPOCH = 5042 // 16
-
-# Keeps everything at first, 70 % after ten epochs.
-pruning = L(PruningConfig)(keep_ratio=0.7, start_step=0, end_step=10 * EPOCH)
-memory_pruning = L(MemoryPruningConfig)(keep_ratio=0.5, start_step=0, end_step=10 * EPOCH)
+# Keeps everything at first, 70 % after ten epochs of a hundred.
+pruning = L(PruningConfig)(keep_ratio=0.7, end_step="${part_of_run:10,100}")
+memory_pruning = L(MemoryPruningConfig)(keep_ratio=0.5, end_step="${part_of_run:10,100}")
 # Fine-grained: all experts together are as wide as the dense FFN; a token uses half of it.
 patch_moe = L(MoEConfig)(num_experts=4, top_k=2, balance_weight=0.03)
 decoder_moe = L(MoEConfig)(num_experts=6, top_k=3, balance_weight=0.05)
