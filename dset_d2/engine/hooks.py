@@ -26,6 +26,7 @@ from ..visualization import (
     sparsity_pictures,
 )
 from .checkpointer import AtomicCheckpointer
+from .console import loss_text, sums_by_kind
 from .ema import ModelEMA
 
 logger = logging.getLogger(__name__)
@@ -177,6 +178,29 @@ class Evaluation(HookBase):
             logger.warning("%s", no_metric(self.metric, results))
         self.trainer.storage.put_scalars(**results, smoothing_hint=False)
         comm.synchronize()
+
+
+class ValidationLoss(HookBase):
+    """Logs, whenever an evaluation is due, losses on images that the model is not trained on.
+
+    Args:
+        losses: returns ``total_loss`` and the losses that make it up, on the main process at least.
+    """
+
+    def __init__(self, period: int, losses: Callable[[], dict[str, float]]) -> None:
+        self.period = period
+        self.losses = losses
+
+    def after_step(self) -> None:
+        if not is_due(self.trainer, self.period):
+            return
+        losses = self.losses()
+        if comm.is_main_process():
+            total = losses.pop("total_loss")
+            kinds = sums_by_kind(losses)
+            values = {f"validation/{name}": x for name, x in {"total_loss": total, **kinds}.items()}
+            self.trainer.storage.put_scalars(**values, smoothing_hint=False)
+            logger.info("validation: %s", loss_text(total, kinds))
 
 
 def no_metric(metric: str, known: Iterable[str]) -> str:

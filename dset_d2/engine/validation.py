@@ -8,7 +8,6 @@ import torch
 from detectron2.data import build_detection_test_loader
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -59,15 +58,23 @@ def not_learning(model: MetaArch) -> Iterator[None]:
 
 
 def validation_losses(model: MetaArch, loader: Iterable[list[dict]]) -> dict[str, float]:
-    """Mean over the images of all processes of each weighted loss, under its name in training."""
+    """Mean of each weighted loss over the images of all processes, under its name in training.
+
+    Returns:
+        ``total_loss``, too; on processes other than the first, nothing.
+    """
     sums, images = defaultdict(float), 0
     # In a storage of its own, as what sparse parts log is not of training.
     with not_learning(model), EventStorage():
         for batch in loader:
-            batch_images, padding = model.preprocess(batch)
-            targets = [model.target(x) for x in batch]
-            for name, loss in model.compute_losses(batch_images, targets, padding).items():
-                sums[name] += loss.double() * len(batch)
+            inputs, padding = model.preprocess(batch)
+            losses = model.compute_losses(inputs, [model.target(x) for x in batch], padding)
+            for name, loss in losses.items():
+                sums[name] += loss * len(batch)
             images += len(batch)
-    means = {name: float(value) / images for name, value in sums.items()}
-    return {k: v / comm.get_world_size() for k, v in comm.reduce_dict(means)} if 0 else means
+    means = defaultdict(float)
+    gathered = comm.gather({name: float(value) / images for name, value in sums.items()})
+    for own in gathered:
+        for name, value in own.items():
+            means[name] += value / len(gathered)
+    return {"total_loss": sum(means.values()), **means} if gathered else {}

@@ -19,6 +19,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from errno import EDQUOT, ENOSPC
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,9 +51,11 @@ from ..engine.hooks import (
     PeriodicCheckpointer,
     SparsityPictures,
     StatisticsHook,
+    ValidationLoss,
     no_metric,
 )
 from ..engine.trainer import trainer_class
+from ..engine.validation import validation_loader, validation_losses
 from ..files import disk_error
 from ..modeling.sparse import MoE, TokenPruner
 from .common import UsageError, build, build_model, entry_point, read_config, usage_errors
@@ -140,6 +143,24 @@ def sparsity_pictures(cfg: DictConfig, model: torch.nn.Module) -> SparsityPictur
     return SparsityPictures(cfg.train.eval_period, model, dataset_dict, mapper)
 
 
+def validation(cfg: DictConfig) -> Callable[[torch.nn.Module], dict[str, float]] | None:
+    """The losses of a model on the test set, as in training but for augmentation, if asked for."""
+    if not cfg.train.validation_loss:
+        return None
+    node = cfg.dataloader.test
+    if "dataset" not in node or target_name(node.get("mapper", {})) != "DETRMapper":
+        raise UsageError(
+            "train.validation_loss=true needs a dataloader.test of dataset, DETRMapper"
+        )
+    loader = validation_loader(
+        instantiate(node.dataset),
+        instantiate({**node.mapper, "is_train": True}),
+        max(1, cfg.dataloader.train.total_batch_size // comm.get_world_size()),
+        node.num_workers,
+    )
+    return partial(validation_losses, loader=loader)
+
+
 def train(cfg: DictConfig, resume: bool) -> None:
     saved_cfg = copy.deepcopy(cfg)  # before the model is put into it
     output_dir = cfg.train.output_dir
@@ -153,6 +174,7 @@ def train(cfg: DictConfig, resume: bool) -> None:
     check_data_set_names(cfg)
     loader = build_loader(cfg, "train")
     evaluate = check_data(cfg, dataset_names(cfg.dataloader.train.get("dataset", {})))
+    validate = validation(cfg)
     ema = build_ema(cfg, model)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
@@ -163,9 +185,9 @@ def train(cfg: DictConfig, resume: bool) -> None:
     checkpointer = AtomicCheckpointer(parallel, output_dir, trainer=trainer, **averaged)
     best = AtomicCheckpointer(parallel, output_dir, tag_last=False, **averaged)
 
-    def evaluate_best() -> dict:
-        """Of the averaged weights if there are any, else of the model's own."""
-        return evaluate(ema.module if ema and ema.updates else parallel)
+    def best_model(own: torch.nn.Module) -> torch.nn.Module:
+        """That of the averaged weights if there are any."""
+        return ema.module if ema and ema.updates else own
 
     period = cfg.train.eval_period
     saving = cfg.train.checkpointer
@@ -187,7 +209,8 @@ def train(cfg: DictConfig, resume: bool) -> None:
             EpochReporter(cfg.train.images / cfg.dataloader.train.total_batch_size),
             sparsity_pictures(cfg, model) if main else None,
             StatisticsHook([period, saving.period], model, ema),
-            Evaluation(period, evaluate_best, metric),
+            ValidationLoss(period, lambda: validate(best_model(model))) if validate else None,
+            Evaluation(period, lambda: evaluate(best_model(parallel)), metric),
             # These follow the evaluation, so that a checkpoint knows of its results.
             BestCheckpointer(period, best, metric) if main else None,
             stopping,
@@ -231,7 +254,9 @@ def set_up(cfg: DictConfig, args: Namespace) -> None:
     """
     rank = comm.get_rank()
     set_up_logs(cfg.train.output_dir, rank)
-    logger.info("%s: the log of all is %s/log.txt", Path(args.config_file).name, cfg.train.output_dir)
+    logger.info(
+        "%s: the log of all is %s/log.txt", Path(args.config_file).name, cfg.train.output_dir
+    )
     logger.debug("Environment:\n%s", collect_env_info())
     logger.debug("Command line: %s", args)
     logger.debug("Config:\n%s", Path(args.config_file).read_text())
