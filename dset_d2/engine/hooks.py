@@ -19,6 +19,7 @@ from ..config import nearest
 from ..data.mapper import read_picture
 from ..modeling import forward_context
 from ..visualization import (
+    detection_picture,
     mean_statistics,
     plot_routing,
     rendered,
@@ -72,19 +73,29 @@ class EpochReporter(HookBase):
             logger.info("Epoch %d of %g is done", int(done), round(total, 2))
 
 
-class SparsityPictures(HookBase):
-    """Shows in TensorBoard, every ``period`` steps, what a sparse model does with one image.
+class Pictures(HookBase):
+    """Shows in TensorBoard, every ``period`` steps, what a model finds in one image, and what its
+    sparse parts do with it.
 
     Args:
         dataset_dict: of the image.
         mapper: makes it the model's input.
+        classes: their names.
     """
 
-    def __init__(self, period: int, model: nn.Module, dataset_dict: dict, mapper: Callable) -> None:
+    def __init__(
+        self,
+        period: int,
+        model: nn.Module,
+        dataset_dict: dict,
+        mapper: Callable,
+        classes: Sequence[str],
+    ) -> None:
         self.period = period
         self.model = model
         self.dataset_dict = dataset_dict
         self.mapper = mapper
+        self.classes = classes
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -92,9 +103,12 @@ class SparsityPictures(HookBase):
             return
         self.model.eval()
         with forward_context(record=True) as context:
-            self.model([self.mapper(self.dataset_dict)])
+            instances = self.model([self.mapper(self.dataset_dict)])[0]["instances"]
         self.model.train()
-        pictures = sparsity_pictures(read_picture(self.dataset_dict).image, context.records)
+        image = read_picture(self.dataset_dict).image
+        annotations = self.dataset_dict.get("annotations")
+        pictures = sparsity_pictures(image, context.records)
+        pictures["detections"] = detection_picture(image, instances, annotations, self.classes)
         if routing := routing_records(context.records):
             statistics = mean_statistics({place: [x] for place, x in routing.items()})
             pictures["experts"] = rendered(plot_routing(statistics))

@@ -49,7 +49,7 @@ from ..engine.hooks import (
     EpochReporter,
     Evaluation,
     PeriodicCheckpointer,
-    SparsityPictures,
+    Pictures,
     StatisticsHook,
     ValidationLoss,
     no_metric,
@@ -57,7 +57,6 @@ from ..engine.hooks import (
 from ..engine.trainer import trainer_class
 from ..engine.validation import validation_loader, validation_losses
 from ..files import disk_error
-from ..modeling.sparse import MoE, TokenPruner
 from .common import UsageError, build, build_model, entry_point, read_config, usage_errors
 
 logger = logging.getLogger("dset_d2")  # not __main__, which nobody listens to
@@ -133,14 +132,15 @@ def build_ema(cfg: DictConfig, model: torch.nn.Module) -> ModelEMA | None:
     return ModelEMA(model, settings.decay, settings.warmup) if settings.enabled else None
 
 
-def sparsity_pictures(cfg: DictConfig, model: torch.nn.Module) -> SparsityPictures | None:
-    """Pictures of the first test image for TensorBoard, if the model has anything sparse."""
-    sparse = any(isinstance(module, MoE | TokenPruner) for module in model.modules())
-    if not sparse or "dataset" not in cfg.dataloader.test:
+def pictures(cfg: DictConfig, model: torch.nn.Module) -> Pictures | None:
+    """Pictures of the first test image for TensorBoard, if image and classes are known."""
+    name = OmegaConf.select(cfg, "dataloader.evaluator.dataset_name")
+    if name is None or "dataset" not in cfg.dataloader.test:
         return None
     dataset_dict = instantiate(cfg.dataloader.test.dataset)[0]
     mapper = instantiate(cfg.dataloader.test.mapper)
-    return SparsityPictures(cfg.train.eval_period, model, dataset_dict, mapper)
+    classes = MetadataCatalog.get(name).thing_classes
+    return Pictures(cfg.train.eval_period, model, dataset_dict, mapper, classes)
 
 
 def validation(cfg: DictConfig) -> Callable[[torch.nn.Module], dict[str, float]] | None:
@@ -207,7 +207,7 @@ def train(cfg: DictConfig, resume: bool) -> None:
             ConfigSaver(saved_cfg, f"{output_dir}/{CONFIG}") if main else None,
             EMAHook(ema, model) if ema else None,
             EpochReporter(cfg.train.images / cfg.dataloader.train.total_batch_size),
-            sparsity_pictures(cfg, model) if main else None,
+            pictures(cfg, model) if main else None,
             StatisticsHook([period, saving.period], model, ema),
             ValidationLoss(period, lambda: validate(best_model(model))) if validate else None,
             Evaluation(period, lambda: evaluate(best_model(parallel)), metric),
