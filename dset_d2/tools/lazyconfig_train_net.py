@@ -58,6 +58,7 @@ from ..engine.trainer import trainer_class
 from ..engine.validation import validation_loader, validation_losses
 from ..files import disk_error
 from .common import UsageError, build, build_model, entry_point, read_config, usage_errors
+from .report import write_report
 
 logger = logging.getLogger("dset_d2")  # not __main__, which nobody listens to
 
@@ -268,6 +269,8 @@ def main(args: Namespace) -> None:
     set_up(cfg, args)
     if not args.eval_only:
         train(cfg, args.resume)
+        if cfg.train.report and comm.is_main_process():
+            write_report(cfg, args.config_file, args.opts)
         return
     model = build_model(cfg)
     with initial_weights(cfg):
