@@ -258,7 +258,7 @@ def panels_of(curves: dict[str, Curve]) -> dict[str, dict[str, Curve]]:
         if name in curves:
             panels[title][key] = curves[name]
     kinds = defaultdict(lambda: defaultdict(float))
-    for name, curve in curves.items():
+    for name, curve in sorted(curves.items(), key=lambda item: natural(item[0])):
         task, _, metric = name.rpartition("/")
         if name.startswith("loss_"):
             for iteration, value in curve.items():
@@ -273,6 +273,11 @@ def panels_of(curves: dict[str, Curve]) -> dict[str, dict[str, Curve]]:
     return {title: panel for title, panel in panels.items() if panel}
 
 
+def natural(name: str) -> list[str | int]:
+    """A key to sort names by, of whose numbers the lower come first."""
+    return [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", name)]
+
+
 def draw_history(folder: Path) -> None:
     """report_curves.png: losses, metrics, rates; experts and kept tokens over time."""
     panels = panels_of(curves_in(folder))
@@ -280,7 +285,7 @@ def draw_history(folder: Path) -> None:
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(6.4 * columns, 3.6 * lines), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    for index, (title, curves) in enumerate(sorted(panels.items()), 1):
+    for index, (title, curves) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(lines, columns, index)
         arrays = {k: (np.array(list(c)), np.array([list(c.values())])) for k, c in curves.items()}
         draw_curves(axes, arrays)
