@@ -58,10 +58,12 @@ def draw_boxes(
     image: np.ndarray, boxes: np.ndarray, labels: list[str], colours: np.ndarray
 ) -> np.ndarray:
     """(H, W, 3) RGB uint8 with (n, 4) boxes x1, y1, x2, y2 of (n, 3) uint8 colours."""
-    drawn = Visualizer(image).overlay_instances(
-        boxes=boxes, labels=labels, assigned_colors=[tuple(c) for c in colours / 255]
-    )
-    return drawn.get_image()
+    drawing = Visualizer(image)
+    edges = [tuple(colour) for colour in colours / 255]
+    for box, edge in zip(boxes, edges):
+        drawing.draw_box(box, alpha=1, edge_color=edge)  # those below let the image through
+    drawing.overlay_instances(boxes=boxes, labels=labels, assigned_colors=edges)
+    return drawing.output.get_image()
 
 
 def draw_detections(
