@@ -39,6 +39,11 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict:
         checkpoint = torch.load(filename, map_location="cpu", weights_only=True)
+        if "trainer" in self.checkpointables and "trainer" not in checkpoint:
+            raise ValueError(
+                "holds weights alone, no optimizer and no clock; train.init_checkpoint starts a "
+                "new run from them"
+            )
         check_finite(checkpoint["model"], filename)
         return checkpoint
 

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -76,6 +76,18 @@ class Record(Protocol):
         """What is logged."""
 
 
+class Accumulation(NamedTuple):
+    """The whole batch whose parts are forwarded in turn, their mean loss being the batch's.
+
+    Attributes:
+        parts: how many.
+        boxes: ground-truth boxes in all of them.
+    """
+
+    parts: int
+    boxes: int
+
+
 @dataclass(frozen=True)
 class ForwardContext:
     """The surroundings of one forward.
@@ -85,12 +97,14 @@ class ForwardContext:
         knobs: what this call changes.
         tokens: where the tokens that blocks work on stand; None for queries.
         records: what parts leave, by name; None if nobody wants it.
+        accumulation: the batch that this forward is a part of; None if it is all.
     """
 
     step: int | None = None
     knobs: Knobs = field(default_factory=Knobs)
     tokens: TokenMap | None = None
     records: dict[str, Record] | None = None
+    accumulation: Accumulation | None = None
 
     def leave(self, name: str, record: Record) -> None:
         """Keep a record until the context ends.

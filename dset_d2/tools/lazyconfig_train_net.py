@@ -9,18 +9,24 @@ folders that hold one run each.
     python -m dset_d2.tools.lazyconfig_train_net --config-file configs/rtdetr/rtdetrv2_r18_coco.py
     ... --resume                      continue the run in train.output_dir
     ... --overwrite                   replace it
+    ... --check                       try all of it on a few images, and write nothing
     ... --eval-only train.init_checkpoint=output/model_best.pth      or released weights
-    ... dataloader.train.total_batch_size=8 optimizer.lr=5e-5
+    ... train.epochs=12 dataloader.train.total_batch_size=8          all schedules follow
+    torchrun --nproc_per_node=8 -m dset_d2.tools.lazyconfig_train_net --config-file ...
 """
 
 import copy
 import logging
+import os
+import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from datetime import timedelta
 from errno import EDQUOT, ENOSPC
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from detectron2.config import instantiate
@@ -28,11 +34,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser, hooks, launch
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
+from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, TensorboardXWriter
 from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import Dataset
 
 from ..checkpoint import load_initial, load_upstream
 from ..config import find_config, nearest
@@ -54,39 +62,120 @@ from ..engine.hooks import (
     ValidationLoss,
     no_metric,
 )
-from ..engine.trainer import trainer_class
+from ..engine.trainer import Trainer, check_parts
 from ..engine.validation import validation_loader, validation_losses
 from ..files import disk_error
-from .common import UsageError, build, build_model, entry_point, read_config, usage_errors
+from .common import (
+    UsageError,
+    build,
+    build_model,
+    check_weights,
+    entry_point,
+    read_config,
+    usage_errors,
+)
 from .report import write_report
 
 logger = logging.getLogger("dset_d2")  # not __main__, which nobody listens to
 
+FEW = 8  # images that --check looks at of each data set
+# Settings of schedules that must lie within a run, or it never gets to what they lead to.
+ENDS = ("warmup_iters", "start_step", "end_step", "unfreeze_step")
 COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
-def build_loader(cfg: DictConfig, part: str) -> Iterable:
-    """The config's loader for training or test, once its data set's image files were looked at."""
+def some(dataset: Sequence | Dataset, few: int | None) -> Sequence | Dataset:
+    """So many items of a data set, evenly spaced; None for all."""
+    if few is None or not hasattr(dataset, "__len__"):
+        return dataset
+    return [dataset[i * len(dataset) // few] for i in range(few)]
+
+
+def load_training_set(cfg: DictConfig) -> Sequence | Dataset | None:
+    """The training set, without what composes its images; None if it is an outside package's."""
+    node = cfg.dataloader.train
+    if "dataset" not in node:
+        return None
+    while "dataset" in node:
+        node = node["dataset"]
+    with usage_errors("the config's dataloader.train"):
+        return instantiate(node)
+
+
+def with_loaded(node: DictConfig, dataset: Sequence | Dataset) -> dict | Sequence | Dataset:
+    """A config's node of a data set, with the innermost one loaded."""
+    if "dataset" in node:
+        return {**node, "dataset": with_loaded(node["dataset"], dataset)}
+    return dataset
+
+
+def fit_schedules(cfg: DictConfig, dataset: Sequence | Dataset | None) -> None:
+    """Let schedules, and the learning rate if it is to, follow the data set and the batch."""
+    if hasattr(dataset, "__len__"):
+        cfg.train.images = len(dataset)
+    batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
+    if cfg.train.lr_batch_size and batch:
+        cfg.optimizer.lr *= batch / cfg.train.lr_batch_size
+        cfg.train.lr_batch_size = batch  # so that a saved config is not scaled again
+    logger.info(
+        "%d images in batches of %s, %d steps, learning rate %g",
+        *(cfg.train.images, batch, cfg.train.max_iter, cfg.optimizer.lr),
+    )
+    if batch:
+        with usage_errors("train.accumulate"):
+            check_parts(batch // comm.get_world_size(), cfg.train.accumulate)
+    if late := outlasting(cfg, cfg.train.max_iter):
+        logger.warning("The run ends before its schedules: %s", ", ".join(late))
+
+
+def outlasting(node: DictConfig, steps: int, prefix: str = "") -> list[str]:
+    """What a config has to happen after so many steps."""
+    found = []
+    for key, value in node.items():
+        if isinstance(value, DictConfig):
+            found += outlasting(value, steps, f"{prefix}{key}.")
+        elif key in ENDS and value is not None and value > steps:
+            found.append(f"{prefix}{key}={value}")
+    return found
+
+
+def build_loader(
+    cfg: DictConfig,
+    part: str,
+    dataset: Sequence | Dataset | None = None,
+    few: int | None = None,
+) -> Iterable:
+    """The config's loader for training or test, once its data set's image files were looked at.
+
+    Args:
+        dataset: of it, if it is loaded already.
+        few: how many images of it to use, if not all.
+    """
     node = cfg.dataloader[part]
     with usage_errors(f"the config's dataloader.{part}"):
+        if dataset is not None:
+            node = {**node, "dataset": with_loaded(node.dataset, dataset)}
         if "dataset" not in node or target_name(node.get("mapper", {})) != "DETRMapper":
             return instantiate(node)  # an outside package's, which may read anything
-        dataset = instantiate(node.dataset)
+        dataset = some(instantiate(node["dataset"]), few)
         if comm.is_main_process() and hasattr(dataset, "__len__"):
-            check_images(dataset, node.mapper.get("skip_unreadable", False))
+            check_images(dataset, node["mapper"].get("skip_unreadable", False))
         return instantiate({**node, "dataset": dataset})
 
 
-def check_data(cfg: DictConfig, trained: list[str]) -> Callable[[torch.nn.Module], dict]:
+def check_data(
+    cfg: DictConfig, trained: list[str], few: int | None = None
+) -> Callable[[torch.nn.Module], dict]:
     """Build what evaluations use, so that what is wrong with it ends a run before its first step.
 
     Args:
         trained: names of the data sets of training, which are loaded.
+        few: how many images to evaluate on, if not all.
 
     Returns:
         The evaluation of a model.
     """
-    loader = build_loader(cfg, "test")
+    loader = build_loader(cfg, "test", few=few)
     evaluator = build(cfg, "dataloader.evaluator")
     if type(evaluator) is COCOEvaluator:  # of others the first evaluation tells
         name = cfg.dataloader.evaluator.dataset_name
@@ -153,35 +242,37 @@ def validation(cfg: DictConfig) -> Callable[[torch.nn.Module], dict[str, float]]
         raise UsageError(
             "train.validation_loss=true needs a dataloader.test of dataset, DETRMapper"
         )
+    batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
     loader = validation_loader(
         instantiate(node.dataset),
         instantiate({**node.mapper, "is_train": True}),
-        max(1, cfg.dataloader.train.total_batch_size // comm.get_world_size()),
+        max(1, (batch or 1) // comm.get_world_size()),
         node.num_workers,
     )
     return partial(validation_losses, loader=loader)
 
 
-def train(cfg: DictConfig, resume: bool) -> None:
-    saved_cfg = copy.deepcopy(cfg)  # before the model is put into it
+def train(cfg: DictConfig, args: Namespace) -> None:
     output_dir = cfg.train.output_dir
-    resumed = resume and Path(output_dir, LAST).exists()
+    resumed = args.resume and Path(output_dir, LAST).exists()
+    check_data_set_names(cfg)
+    dataset = load_training_set(cfg)
+    fit_schedules(cfg, dataset)
+    saved_cfg = copy.deepcopy(cfg)  # before the model is put into it
     model = build_model(cfg)
     logger.debug("Model:\n%s", model)
-    if cfg.train.init_checkpoint and not resumed:
+    if cfg.train.init_checkpoint and not (resumed or cfg.train.resume_from):
         with initial_weights(cfg):
             load_initial(model, cfg.train.init_checkpoint)
-    # Data last, as they take longest to load.
-    check_data_set_names(cfg)
-    loader = build_loader(cfg, "train")
-    evaluate = check_data(cfg, dataset_names(cfg.dataloader.train.get("dataset", {})))
+    few = FEW if args.check else None
+    loader = build_loader(cfg, "train", some(dataset, few))  # looking at all images takes longest
+    evaluate = check_data(cfg, dataset_names(cfg.dataloader.train.get("dataset", {})), few)
     validate = validation(cfg)
     ema = build_ema(cfg, model)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     parallel = create_ddp_model(model, **cfg.train.ddp)
-    make_trainer = trainer_class(cfg.train.amp.enabled, cfg.train.device)
-    trainer = make_trainer(parallel, loader, optimizer)
+    trainer = Trainer(parallel, loader, optimizer, cfg.train.amp.enabled, cfg.train.accumulate)
     averaged = {"ema": ema} if ema else {}
     checkpointer = AtomicCheckpointer(parallel, output_dir, trainer=trainer, **averaged)
     best = AtomicCheckpointer(parallel, output_dir, tag_last=False, **averaged)
@@ -190,16 +281,16 @@ def train(cfg: DictConfig, resume: bool) -> None:
         """That of the averaged weights if there are any."""
         return ema.module if ema and ema.updates else own
 
+    if args.check:
+        check(cfg, trainer, lambda: evaluate(parallel))
+        return
     period = cfg.train.eval_period
     saving = cfg.train.checkpointer
     metric = cfg.train.best_metric
     main = comm.is_main_process()
     patience = cfg.train.early_stopping_patience
     stopping = EarlyStopping(period, metric, patience) if patience else None
-    if main and not resumed:  # only now, as all that could be checked is built and loaded
-        for path in written(Path(output_dir)):
-            path.unlink()
-    writers = make_writers(output_dir, cfg.train.max_iter) if main else []
+    batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
     trainer.register_hooks(
         [
             # By default it waits three steps; in a run that ends before, the ETA divides by zero.
@@ -207,7 +298,7 @@ def train(cfg: DictConfig, resume: bool) -> None:
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             ConfigSaver(saved_cfg, f"{output_dir}/{CONFIG}") if main else None,
             EMAHook(ema, model) if ema else None,
-            EpochReporter(cfg.train.images / cfg.dataloader.train.total_batch_size),
+            EpochReporter(cfg.train.images / batch) if batch else None,
             pictures(cfg, model) if main else None,
             StatisticsHook([period, saving.period], model, ema),
             ValidationLoss(period, lambda: validate(best_model(model))) if validate else None,
@@ -215,16 +306,24 @@ def train(cfg: DictConfig, resume: bool) -> None:
             # These follow the evaluation, so that a checkpoint knows of its results.
             BestCheckpointer(period, best, metric) if main else None,
             stopping,
-            hooks.PeriodicWriter(writers, cfg.train.log_period) if main else None,
-            # Last, so that a run which is killed has logged all that it resumes from.
-            PeriodicCheckpointer(checkpointer, **saving) if main else None,
         ]
     )
     start = 0
-    if resumed:
-        with usage_errors(f"--resume from {checkpointer.get_checkpoint_file()}"):
-            checkpointer.resume_or_load("", resume=True)
+    if source := checkpointer.get_checkpoint_file() if resumed else cfg.train.resume_from:
+        with usage_errors(f"{'--resume from ' if resumed else 'train.resume_from='}{source}"):
+            checkpointer.load(source)
         start = trainer.iter + 1
+    if main and not resumed:  # only now, as all that could be checked is built and loaded
+        for path in written(Path(output_dir)):
+            path.unlink()
+    if main:
+        writers = make_writers(output_dir, cfg.train.max_iter)
+        # Last, so that a run which is killed has logged all that it resumes from.
+        last = [
+            hooks.PeriodicWriter(writers, cfg.train.log_period),
+            PeriodicCheckpointer(checkpointer, **saving),
+        ]
+        trainer.register_hooks(last)
     if start >= cfg.train.max_iter:
         logger.info(
             "This run is finished after %d steps; a larger train.max_iter extends it", start
@@ -244,6 +343,38 @@ def make_writers(output_dir: str, max_iter: int) -> list[EventWriter]:
     return [ConsoleWriter(max_iter), *files]
 
 
+def check(cfg: DictConfig, trainer: Trainer, evaluate: Callable[[], dict]) -> None:
+    """Make one training step and one evaluation, and say what a run of this config would be."""
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    trainer.iter = 0
+    start = time.perf_counter()
+    with EventStorage() as trainer.storage:
+        trainer.run_step()
+        loss, _ = trainer.storage.latest()["total_loss"]
+    seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    metrics = flatten_results_dict(evaluate())
+    per_image = (time.perf_counter() - start) / FEW
+    if not comm.is_main_process():
+        return
+    batch, metric = cfg.dataloader.train.total_batch_size, cfg.train.best_metric
+    metric = f"{metric} is there" if metric in metrics else f"no {metric}"
+    steps = cfg.train.max_iter
+    length = timedelta(seconds=round(steps * seconds))
+    memory = ""
+    if torch.cuda.is_available():
+        memory = f", {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB of GPU memory"
+    for what, found in {
+        "data": f"{cfg.train.images} images for training",
+        "model": f"{trained / 1e6:.1f} M trained parameters",
+        "weights": cfg.train.init_checkpoint or "random: train.init_checkpoint names none",
+        "training": f"a step of {batch} images took {seconds:.2f} s{memory}; loss {loss:.2f}",
+        "evaluation": f"{per_image:.2f} s per image; {metric}",
+        "run": f"{steps} steps, {steps * batch / cfg.train.images:.1f} epochs; about {length}",
+    }.items():
+        print(f"{what:>10}: {found}")
+
+
 def initial_weights(cfg: DictConfig) -> AbstractContextManager:
     return usage_errors(f"train.init_checkpoint={cfg.train.init_checkpoint}")
 
@@ -255,21 +386,38 @@ def set_up(cfg: DictConfig, args: Namespace) -> None:
     """
     rank = comm.get_rank()
     set_up_logs(cfg.train.output_dir, rank)
-    logger.info(
-        "%s: the log of all is %s/log.txt", Path(args.config_file).name, cfg.train.output_dir
-    )
+    if not args.check:
+        logger.info("%s: all is in %s/log.txt", args.config_file, cfg.train.output_dir)
     logger.debug("Environment:\n%s", collect_env_info())
     logger.debug("Command line: %s", args)
     logger.debug("Config:\n%s", Path(args.config_file).read_text())
     seed_all_rng(None if cfg.train.seed < 0 else cfg.train.seed + rank)
 
 
+def check_resumable(path: Path, folder: Path, overwrite: bool) -> None:
+    """Raise an error unless a run in a folder can start from a checkpoint."""
+    check_weights(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    if overwrite and path.parent.resolve() == folder.resolve():
+        raise ValueError(f"{path}: --overwrite removes it; name another train.output_dir")
+
+
+def join_torchrun(device: str) -> None:
+    """Join the processes that torchrun started, as Detectron2's ``launch`` joins its own."""
+    cuda = torch.device(device).type == "cuda"
+    torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
 def main(args: Namespace) -> None:
     cfg = read_config(args.config_file, args.opts)
     set_up(cfg, args)
     if not args.eval_only:
-        train(cfg, args.resume)
-        if cfg.train.report and comm.is_main_process():
+        train(cfg, args)
+        if cfg.train.report and comm.is_main_process() and not args.check:
             write_report(cfg, args.config_file, args.opts)
         return
     model = build_model(cfg)
@@ -284,22 +432,46 @@ def main(args: Namespace) -> None:
 def run(argv: list[str] | None = None) -> None:
     parser = default_argument_parser(epilog=__doc__)
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help=f"try a training step and an evaluation of {FEW} images, and write nothing",
+    )
     args = parser.parse_args(argv)
     if not args.config_file:
         parser.error("--config-file is required")
     if args.resume and args.overwrite:
         parser.error("--resume goes on with what --overwrite removes")
+    if args.check and (args.resume or args.overwrite or args.eval_only):
+        parser.error("--check tries a new run")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    torchrun = torch.distributed.is_torchelastic_launched()
+    if processes > 1 and not torchrun:
+        parser.error(f"WORLD_SIZE={processes}, but no group of processes: start it by torchrun")
+    if torchrun and args.num_gpus * args.num_machines > 1:
+        parser.error("torchrun starts the processes: leave --num-gpus and --num-machines out")
     # What is wrong with it shall end this process, not the ones that it may start.
     cfg = read_config(args.config_file, args.opts)
     args.config_file = str(find_config(args.config_file))
     if args.eval_only and not cfg.train.init_checkpoint:
         raise UsageError("--eval-only needs train.init_checkpoint=FILE")
     folder = Path(cfg.train.output_dir)
+    if cfg.train.resume_from:
+        with usage_errors("train.resume_from"):
+            check_resumable(Path(cfg.train.resume_from), folder, args.overwrite)
+    first = os.environ.get("RANK", "0") == "0" and args.machine_rank == 0
     try:
         with ExitStack() as stack:
-            if not args.eval_only and args.machine_rank == 0:
+            if args.check:
+                folder = Path(stack.enter_context(TemporaryDirectory()))
+                args.opts = [*args.opts, f"train.output_dir={folder}"]
+            elif not args.eval_only and first:
                 with usage_errors("train.output_dir"):
                     stack.enter_context(claimed(folder, args.resume, args.overwrite))
+            if torchrun:
+                join_torchrun(cfg.train.device)
+                main(args)
+                return
             launch(
                 main,
                 args.num_gpus,

@@ -12,7 +12,15 @@ from torch import Tensor
 from ..layers import check_choice
 from ..registry import CRITERION_REGISTRY
 from .matcher import Matches
-from .set_criterion import Pairs, SetCriterion, divisor_of, in_fp32, mean_counts, pair
+from .set_criterion import (
+    Pairs,
+    SetCriterion,
+    divisor_of,
+    in_fp32,
+    mean_counts,
+    number_of_boxes,
+    pair,
+)
 
 
 def unite(matches: list[Matches]) -> Matches:
@@ -75,7 +83,7 @@ class DFINECriterion(SetCriterion):
         )
         union = unite(matches + enc_matches)
         queries = last["pred_logits"][..., 0].numel()
-        numbers = [sum(counts), len(union.query), queries - len(union.query)]
+        numbers = [number_of_boxes(counts), len(union.query), queries - len(union.query)]
         boxes, matched, others = mean_counts(numbers, last["pred_logits"].device)
         divisor = divisor_of(boxes)
         # Distillation weighs matched and other queries by the square roots of their numbers.

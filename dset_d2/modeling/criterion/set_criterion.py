@@ -10,11 +10,12 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
+from ..context import current
 from ..registry import CRITERION_REGISTRY
 from .matcher import HungarianMatcher, Matches
 
 
-def mean_counts(counts: list[int], device: torch.device) -> Tensor:
+def mean_counts(counts: list[float], device: torch.device) -> Tensor:
     """Means over processes of counts that each has of its own."""
     means = torch.tensor(counts, dtype=torch.float32, device=device)
     if comm.get_world_size() > 1:
@@ -25,9 +26,17 @@ def mean_counts(counts: list[int], device: torch.device) -> Tensor:
 def divisor_of(mean: Tensor) -> Tensor:
     """A mean over processes of a count, with the sum taken as at least 1.
 
-    With it as divisor, DDP's mean of the gradients is the gradient of the joined batch.
+    With it as divisor, DDP's mean of the gradients is the gradient of the joined batch; and the
+    mean over the parts of a batch that are forwarded in turn is that of the batch.
     """
-    return mean.clamp(min=1 / comm.get_world_size())
+    whole = current().accumulation
+    return mean.clamp(min=1 / comm.get_world_size() / (whole.parts if whole else 1))
+
+
+def number_of_boxes(counts: list[int]) -> float:
+    """Of the targets; the mean over all parts if these are of a part of a batch."""
+    whole = current().accumulation
+    return whole.boxes / whole.parts if whole else sum(counts)
 
 
 class Pairs(NamedTuple):
@@ -93,7 +102,9 @@ class SetCriterion(nn.Module):
 
     def losses(self, outputs: dict, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         counts = [len(t["labels"]) for t in targets]
-        divisor = divisor_of(mean_counts([sum(counts)], outputs["pred_logits"].device)[0])
+        divisor = divisor_of(
+            mean_counts([number_of_boxes(counts)], outputs["pred_logits"].device)[0]
+        )
         layers = [in_fp32(x) for x in (outputs, *outputs["aux_outputs"])]
         selected = [in_fp32(x) for x in outputs["enc_outputs"]]
         matches, enc_matches, enc_targets = self.match(layers, selected, targets)
