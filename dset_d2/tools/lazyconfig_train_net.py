@@ -3,8 +3,9 @@
 Every config of this project also runs with Detectron2's own ``tools/lazyconfig_train_net.py``.
 This launcher adds what that one has no seam for, as ``train.*`` settings: averaged weights
 (``ema``), the best checkpoint and early stopping by a named metric, an end on non-finite losses
-that names them, checkpoints that are never half-written, errors on misspelt overrides, and output
-folders that hold one run each.
+that names them, losses on the test set (``validation_loss``), checkpoints that are never
+half-written, errors on misspelt overrides, output folders that hold one run each, and a report of
+it (``report``).
 
     python -m dset_d2.tools.lazyconfig_train_net --config-file configs/rtdetr/rtdetrv2_r18_coco.py
     ... --resume                      continue the run in train.output_dir
