@@ -25,7 +25,7 @@ setup(
         "torch>=2.10",  # the first with torch.nn.functional.grouped_mm
         "torchvision>=0.25",
         "numpy>=1.23",
-        "scipy>=1.9",
+        "scipy>=1.12",
         "Pillow>=9",
         "opencv-python-headless>=4.5",
         "pycocotools>=2.0.6",

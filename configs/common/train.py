@@ -30,5 +30,7 @@ train = dict(
     lr_batch_size=0,  # batch that optimizer.lr is meant for: others scale it linearly; 0: none does
     ema=dict(enabled=True, decay=0.9999, warmup=2000),
     best_metric="bbox/AP",
+    validation_loss=False,  # whether each evaluation also logs losses on the test set
+    report=True,  # whether a finished run gets a report: report.md, .json and pictures
     early_stopping_patience=0,  # evaluations without a better best_metric; 0 never stops early
 )
