@@ -1,5 +1,4 @@
-"""Configurations: the LazyConfig files of this project, and the keys of Detectron2's older
-``CfgNode`` system that the registered classes read."""
+"""Configurations: the LazyConfig files of this project."""
 
 import difflib
 import json
@@ -9,7 +8,7 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import get_args
 
-from detectron2.config import CfgNode, LazyCall, LazyConfig
+from detectron2.config import LazyCall, LazyConfig
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -55,7 +54,9 @@ def find_config(path: str, roots: Sequence[Path] = (Path(), *ROOTS)) -> Path:
         if (root / path).is_file():
             return (root / path).resolve()  # Detectron2 finds a config's parents from its own path
     folders = [root / Path(path).parent for root in roots]
-    known = sorted({file.name for folder in folders for file in folder.glob("*.py")})
+    known = sorted(
+        {file.name for folder in folders for file in folder.glob(f"*{Path(path).suffix}")}
+    )
     raise FileNotFoundError(f"no config {path!r}; in its folder are: {', '.join(known) or 'none'}")
 
 
@@ -187,76 +188,3 @@ def parameters_of(target: Callable | str | None) -> dict[str, Parameter]:
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return found
-
-
-def add_detr_config(cfg: CfgNode) -> None:
-    """Add the keys of this project's registered classes to a ``CfgNode``, in place."""
-    cfg.MODEL.PIXEL_MEAN = [0.0, 0.0, 0.0]
-    cfg.MODEL.PIXEL_STD = [255.0, 255.0, 255.0]
-    cfg.INPUT.FORMAT = "RGB"
-    cfg.TEST.DETECTIONS_PER_IMAGE = 300
-    cfg.MODEL.PRESNET = CfgNode(
-        {
-            "DEPTH": 18,
-            "FREEZE_AT": -1,
-            "FREEZE_NORM": False,
-            "OUT_FEATURES": ["res3", "res4", "res5"],
-        }
-    )
-    cfg.MODEL.HGNETV2 = CfgNode(
-        {
-            "NAME": "L",
-            "USE_LAB": False,
-            "FREEZE_AT": 0,
-            "FREEZE_NORM": True,
-            "OUT_FEATURES": ["stage2", "stage3", "stage4"],
-        }
-    )
-    cfg.MODEL.DINOV3 = CfgNode(
-        {
-            "NAME": "vit_small_patch16_dinov3_qkvb",
-            "EMBED_DIM": 384,  # of the ViT that NAME names
-            "TAPS": [5, 8, 11],
-            "ADAPTER": "sta",
-            "OUT_CHANNELS": 160,
-            "FREEZE": False,
-            "UNFREEZE_STEP": -1,  # never, if frozen at all
-            "UNFREEZE_BLOCKS": 4,
-            "LORA_RANK": 0,  # none
-            "LORA_ALPHA": 16.0,
-            "GRADIENT_CHECKPOINTING": False,
-        }
-    )
-    cfg.MODEL.ENCODER = CfgNode(
-        {
-            "NAME": "HybridEncoder",
-            "HIDDEN_DIM": 256,
-            "NUM_HEADS": 8,
-            "DIM_FEEDFORWARD": 1024,
-            "DROPOUT": 0.0,
-            "NUM_LAYERS": 1,
-            "FUSION": "csp_rep",
-            "EXPANSION": 0.5,
-            "DEPTH_MULT": 1.0,
-        }
-    )
-    cfg.MODEL.DECODER = CfgNode(
-        {
-            "NAME": "RTDETRDecoder",
-            "NUM_CLASSES": 80,
-            "HIDDEN_DIM": 256,
-            "NUM_QUERIES": 300,
-            "NUM_HEADS": 8,
-            "NUM_LAYERS": 3,
-            "DIM_FEEDFORWARD": 1024,
-            "EVAL_IDX": -1,
-            "NUM_POINTS": [4, 4, 4],
-            "CROSS_ATTN_METHOD": "default",
-            "QUERY_SELECT_METHOD": "default",
-            "NUM_DENOISING": 100,
-            # Of DFINEDecoder alone:
-            "LAYER_SCALE": 1.0,
-            "REG_MAX": 32,
-            "REG_SCALE": 4.0,
-        }
-    )

@@ -72,6 +72,36 @@ def test_published_parameter_counts(name):
     assert millions == pytest.approx(PARAMETERS[name], abs=1)
 
 
+DOCUMENTS = {  # experts and top-k of the encoder and of the decoder, share of the tokens
+    "r18_light": ((2, 1), (3, 2), 0.6),
+    "r34": ((6, 3), (6, 3), 0.7),
+    "r50": ((4, 2), (6, 3), 0.7),
+}
+
+
+@pytest.mark.parametrize("size", DOCUMENTS)
+def test_sizes_have_the_documents_experts(size):
+    names = [f"dset_{size}", f"dset_{size.removesuffix('_light')}_literal"]
+    names += [] if size.endswith("light") else [f"dset_{size}_full"]
+    for name in names:
+        model = dset_d2.get_config(f"projects/dset/configs/{name}_dair_v2x.py").model
+        experts = [(p.moe.num_experts, p.moe.top_k) for p in (model.encoder, model.decoder)]
+        assert (*experts, model.encoder.pruning.keep_ratio) == DOCUMENTS[size]
+        assert ("literal" in name) == (model.encoder.pruning.get("foreground_weight") == 0)
+
+
+@pytest.mark.parametrize("size", ["r18", *DOCUMENTS])
+def test_controls_are_as_wide_as_what_a_token_uses(size):
+    sparse, dense = (
+        dset_d2.get_config(f"projects/dset/configs/{kind}_{size}_dair_v2x.py").model
+        for kind in ("dset", "dense")
+    )
+    for part in ("encoder", "decoder"):
+        moe = instantiate(sparse[part].moe)
+        used = moe.top_k * moe.width(sparse[part].dim_feedforward)
+        assert dense[part].dim_feedforward == used
+
+
 def test_unknown_config_lists_its_neighbours():
     with pytest.raises(FileNotFoundError, match="rtdetrv2_r18_coco.py"):
         dset_d2.get_config("configs/rtdetr/rtdetrv2_r19_coco.py")

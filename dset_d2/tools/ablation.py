@@ -98,7 +98,7 @@ def train(run: Run, device: str | None = None) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "dset_d2.tools.lazyconfig_train_net"]
     begun = (folder / "last_checkpoint").exists()
     command += ["--config-file", config_file, "--resume" if begun else "--overwrite"]
-    command += [*overrides, f"train.output_dir={folder}"]
+    command += ["train.report=false", *overrides, f"train.output_dir={folder}"]
     command += [f"train.device={device}"] if device else []
     with open(folder / "stdout.txt", "a") as log:
         failed = subprocess.run(command, stdout=log, stderr=log).returncode

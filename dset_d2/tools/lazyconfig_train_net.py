@@ -3,8 +3,9 @@
 Every config of this project also runs with Detectron2's own ``tools/lazyconfig_train_net.py``.
 This launcher adds what that one has no seam for, as ``train.*`` settings: averaged weights
 (``ema``), the best checkpoint and early stopping by a named metric, an end on non-finite losses
-that names them, checkpoints that are never half-written, errors on misspelt overrides, and output
-folders that hold one run each.
+that names them, losses on the test set (``validation_loss``), checkpoints that are never
+half-written, errors on misspelt overrides, output folders that hold one run each, and a report of
+it (``report``).
 
     python -m dset_d2.tools.lazyconfig_train_net --config-file configs/rtdetr/rtdetrv2_r18_coco.py
     ... --resume                      continue the run in train.output_dir
@@ -24,21 +25,21 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from datetime import timedelta
 from errno import EDQUOT, ENOSPC
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import default_argument_parser, default_writers, hooks, launch
+from detectron2.engine import default_argument_parser, hooks, launch
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import EventStorage
-from detectron2.utils.logger import setup_logger
+from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, TensorboardXWriter
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import Dataset
 
@@ -46,6 +47,7 @@ from ..checkpoint import load_initial, load_upstream
 from ..config import find_config, nearest
 from ..data.checks import check_datasets, check_images, dataset_names, target_name
 from ..engine.checkpointer import AtomicCheckpointer
+from ..engine.console import ConsoleWriter, evaluation_lines, printed_to_log, set_up_logs
 from ..engine.ema import ModelEMA
 from ..engine.folder import CONFIG, LAST, claimed, written
 from ..engine.hooks import (
@@ -56,13 +58,14 @@ from ..engine.hooks import (
     EpochReporter,
     Evaluation,
     PeriodicCheckpointer,
-    SparsityPictures,
+    Pictures,
     StatisticsHook,
+    ValidationLoss,
     no_metric,
 )
 from ..engine.trainer import Trainer, check_parts
+from ..engine.validation import validation_loader, validation_losses
 from ..files import disk_error
-from ..modeling.sparse import MoE, TokenPruner
 from .common import (
     UsageError,
     build,
@@ -73,6 +76,7 @@ from .common import (
     read_config,
     usage_errors,
 )
+from .report import write_report
 
 logger = logging.getLogger("dset_d2")  # not __main__, which nobody listens to
 
@@ -202,11 +206,13 @@ def check_data(
     def evaluate(model: torch.nn.Module) -> dict:
         results = {}
         for name, loader, evaluator in zip(singles, loaders, evaluators):
-            if len(singles) > 1:
-                logger.info("Evaluation on %s", name)
-            results[name] = inference_on_dataset(model, loader, evaluator)
+            with printed_to_log():
+                results[name] = inference_on_dataset(model, loader, evaluator)
             print_csv_format(results[name])
-        return results if len(results) > 1 else results[name]
+        results = results if len(results) > 1 else results[name]
+        for line in evaluation_lines(results):
+            logger.info("%s", line)
+        return results
 
     return evaluate
 
@@ -248,14 +254,34 @@ def build_ema(cfg: DictConfig, model: torch.nn.Module) -> ModelEMA | None:
     return ModelEMA(model, settings.decay, settings.warmup) if settings.enabled else None
 
 
-def sparsity_pictures(cfg: DictConfig, model: torch.nn.Module) -> SparsityPictures | None:
-    """Pictures of the first test image for TensorBoard, if the model has anything sparse."""
-    sparse = any(isinstance(module, MoE | TokenPruner) for module in model.modules())
-    if not sparse or "dataset" not in cfg.dataloader.test:
+def pictures(cfg: DictConfig, model: torch.nn.Module) -> Pictures | None:
+    """Pictures of the first test image for TensorBoard, if image and classes are known."""
+    name = OmegaConf.select(cfg, "dataloader.evaluator.dataset_name")
+    if name is None or "dataset" not in cfg.dataloader.test:
         return None
     dataset_dict = instantiate(cfg.dataloader.test.dataset)[0]
     mapper = instantiate(cfg.dataloader.test.mapper)
-    return SparsityPictures(cfg.train.eval_period, model, dataset_dict, mapper)
+    classes = MetadataCatalog.get(name).thing_classes
+    return Pictures(cfg.train.eval_period, model, dataset_dict, mapper, classes)
+
+
+def validation(cfg: DictConfig) -> Callable[[torch.nn.Module], dict[str, float]] | None:
+    """The losses of a model on the test set, as in training but for augmentation, if asked for."""
+    if not cfg.train.validation_loss:
+        return None
+    node = cfg.dataloader.test
+    if "dataset" not in node or target_name(node.get("mapper", {})) != "DETRMapper":
+        raise UsageError(
+            "train.validation_loss=true needs a dataloader.test of dataset, DETRMapper"
+        )
+    batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
+    loader = validation_loader(
+        instantiate(node.dataset),
+        instantiate({**node.mapper, "is_train": True}),
+        max(1, (batch or 1) // comm.get_world_size()),
+        node.num_workers,
+    )
+    return partial(validation_losses, loader=loader)
 
 
 def train(cfg: DictConfig, args: Namespace) -> None:
@@ -266,13 +292,14 @@ def train(cfg: DictConfig, args: Namespace) -> None:
     fit_schedules(cfg, dataset)
     saved_cfg = copy.deepcopy(cfg)  # before the model is put into it
     model = build_model(cfg)
-    logger.info("Model:\n%s", model)
+    logger.debug("Model:\n%s", model)
     if cfg.train.init_checkpoint and not (resumed or cfg.train.resume_from):
         with initial_weights(cfg):
-            load_initial(model, cfg.train.init_checkpoint)
+            load_initial(model, cfg.train.init_checkpoint, cfg.train.upcycling)
     few = FEW if args.check else None
     loader = build_loader(cfg, "train", some(dataset, few))  # looking at all images takes longest
     evaluate = check_data(cfg, dataset_names(cfg.dataloader.train.get("dataset", {})), few)
+    validate = validation(cfg)
     ema = build_ema(cfg, model)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
@@ -282,12 +309,12 @@ def train(cfg: DictConfig, args: Namespace) -> None:
     checkpointer = AtomicCheckpointer(parallel, output_dir, trainer=trainer, **averaged)
     best = AtomicCheckpointer(parallel, output_dir, tag_last=False, **averaged)
 
-    def evaluate_best() -> dict:
-        """Of the averaged weights if there are any, else of the model's own."""
-        return evaluate(ema.module if ema and ema.updates else parallel)
+    def best_model(own: torch.nn.Module) -> torch.nn.Module:
+        """That of the averaged weights if there are any."""
+        return ema.module if ema and ema.updates else own
 
     if args.check:
-        check(cfg, trainer, evaluate_best)
+        check(cfg, trainer, lambda: evaluate(parallel))
         return
     period = cfg.train.eval_period
     saving = cfg.train.checkpointer
@@ -304,9 +331,10 @@ def train(cfg: DictConfig, args: Namespace) -> None:
             ConfigSaver(saved_cfg, f"{output_dir}/{CONFIG}") if main else None,
             EMAHook(ema, model) if ema else None,
             EpochReporter(cfg.train.images / batch) if batch else None,
-            sparsity_pictures(cfg, model) if main else None,
+            pictures(cfg, model) if main else None,
             StatisticsHook([period, saving.period], model, ema),
-            Evaluation(period, evaluate_best, metric),
+            ValidationLoss(period, lambda: validate(best_model(model))) if validate else None,
+            Evaluation(period, lambda: evaluate(best_model(parallel)), metric),
             # These follow the evaluation, so that a checkpoint knows of its results.
             BestCheckpointer(period, best, metric) if main else None,
             stopping,
@@ -321,7 +349,7 @@ def train(cfg: DictConfig, args: Namespace) -> None:
         for path in written(Path(output_dir)):
             path.unlink()
     if main:
-        writers = default_writers(output_dir, cfg.train.max_iter)
+        writers = make_writers(output_dir, cfg.train.max_iter)
         # Last, so that a run which is killed has logged all that it resumes from.
         last = [
             hooks.PeriodicWriter(writers, cfg.train.log_period),
@@ -339,6 +367,12 @@ def train(cfg: DictConfig, args: Namespace) -> None:
     final = checkpointer.get_checkpoint_file().endswith("model_final.pth")
     if main and (trainer.stopped or not final):
         checkpointer.save("model_final", iteration=trainer.iter)
+
+
+def make_writers(output_dir: str, max_iter: int) -> list[EventWriter]:
+    """As Detectron2's, but with our console."""
+    files = [JSONWriter(f"{output_dir}/metrics.json"), TensorboardXWriter(output_dir)]
+    return [ConsoleWriter(max_iter), *files]
 
 
 def check(cfg: DictConfig, trainer: Trainer, evaluate: Callable[[], dict]) -> None:
@@ -383,11 +417,12 @@ def set_up(cfg: DictConfig, args: Namespace) -> None:
     That one would also replace the config of the run in the folder before anything is tried.
     """
     rank = comm.get_rank()
-    for name in ("fvcore", "detectron2", "dset_d2"):
-        setup_logger(cfg.train.output_dir, distributed_rank=rank, name=name)
-    logger.info("Environment:\n%s", collect_env_info())
-    logger.info("Command line: %s", args)
-    logger.info("Config:\n%s", Path(args.config_file).read_text())
+    set_up_logs(cfg.train.output_dir, rank)
+    if not args.check:
+        logger.info("%s: all is in %s/log.txt", args.config_file, cfg.train.output_dir)
+    logger.debug("Environment:\n%s", collect_env_info())
+    logger.debug("Command line: %s", args)
+    logger.debug("Config:\n%s", Path(args.config_file).read_text())
     seed_all_rng(None if cfg.train.seed < 0 else cfg.train.seed + rank)
 
 
@@ -414,6 +449,8 @@ def main(args: Namespace) -> None:
     set_up(cfg, args)
     if not args.eval_only:
         train(cfg, args)
+        if cfg.train.report and comm.is_main_process() and not args.check:
+            write_report(cfg, args.config_file, args.opts)
         return
     model = build_model(cfg)
     with initial_weights(cfg):

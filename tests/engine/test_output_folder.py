@@ -71,7 +71,7 @@ def launch(folder: Path, *options: str) -> None:
     command = ["--config-file", CONFIG, *flags, *SETTINGS, *data, f"train.output_dir={folder}"]
     with pytest.MonkeyPatch.context() as patch:
         # Its handlers would write to the streams of a test that is over.
-        patch.setattr(lazyconfig_train_net, "setup_logger", lambda *_, **__: None)
+        patch.setattr(lazyconfig_train_net, "set_up_logs", lambda *_: None)
         lazyconfig_train_net.run([*command, *overrides])
 
 
