@@ -19,6 +19,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["dset_d2", "dset_d2.*"]) + list(config_packages()),
     package_dir=config_packages(),
+    package_data={"": ["*.yaml"]},  # configs for Detectron2's CfgNode
     # Detectron2 itself is not listed: it is installed from its repository.
     install_requires=[
         "torch>=2.10",  # the first with torch.nn.functional.grouped_mm

@@ -7,7 +7,8 @@ with warnings.catch_warnings():  # of what it does when it is imported
     import detectron2.modeling  # noqa: F401
 
 from . import data, modeling
-from .config import add_detr_config, get_config
+from .cfgnode import add_detr_config
+from .config import get_config
 
 __version__ = "0.1.0"
 __all__ = ["add_detr_config", "data", "get_config", "modeling"]

@@ -6,13 +6,21 @@ import subprocess
 import sys
 import zipfile
 
+from .test_cfgnode import YAML
 from .test_configs import CONFIGS, ROOT
 
 LOAD = """
 import sys, dset_d2
 print(dset_d2.__file__)
+from detectron2.config import get_cfg
+from dset_d2.config import find_config
 for path in sys.argv[1:]:
-    assert dset_d2.get_config(path).model, path
+    if path.endswith(".py"):
+        assert dset_d2.get_config(path).model, path
+    else:
+        cfg = get_cfg()
+        dset_d2.add_detr_config(cfg)
+        cfg.merge_from_file(str(find_config(path)))
 """
 TINY = [
     "model.encoder.hidden_dim=32",
@@ -44,7 +52,7 @@ def test_configs_and_tools_work_from_an_installed_wheel(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(site)
 
-    assert python("-c", LOAD, *CONFIGS).strip() == str(site / "dset_d2" / "__init__.py")
+    assert python("-c", LOAD, *CONFIGS, *YAML).strip() == str(site / "dset_d2" / "__init__.py")
     config = "projects/dset/configs/dset_r18_roadside.py"
     options = ["--config-file", config, "--device", "cpu", "--rounds", "1"]
     table = python("-m", "dset_d2.tools.benchmark", *options, *TINY)

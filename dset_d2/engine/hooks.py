@@ -244,17 +244,17 @@ class BestCheckpointer(hooks.BestCheckpointer):
         return {"best_metric": self.best_metric, "best_iter": self.best_iter}
 
     def load_state_dict(self, state: dict) -> None:
-        # The best may have been found after the checkpoint that the run resumes from.
+        # The best that is in the folder: it may be newer than the checkpoint that the run resumes
+        # from, and there is none where a run goes on in another folder.
         path = Path(self._checkpointer.save_dir, f"{self._file_prefix}.pth")
         if path.exists():
-            saved = torch.load(path, map_location="cpu", weights_only=True).get("best")
-            state = max(
-                (s for s in (state, saved) if s and s["best_metric"] is not None),
-                key=lambda s: s["best_metric"],
-                default=state,
+            saved = torch.load(path, map_location="cpu", weights_only=True).get("best") or state
+            best = max(
+                state,
+                saved,
+                key=lambda s: -math.inf if s["best_metric"] is None else s["best_metric"],
             )
-        self.best_metric = state["best_metric"]
-        self.best_iter = state["best_iter"]
+            self.best_metric, self.best_iter = best["best_metric"], best["best_iter"]
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):

@@ -35,6 +35,15 @@ class Padding(NamedTuple):
         return (y[:, :, None] & x[:, None, :]).flatten(1)
 
 
+def as_tokens(feature: Tensor) -> Tensor:
+    """A feature map (B, C, H, W) as tokens (B, H * W, C)."""
+    if feature.requires_grad and len(feature) == 1:
+        # Of one image the gradient comes back in an order that BatchNorm on CPUs takes for another
+        # one, and gives wrong gradients (torch 2.15).
+        feature.register_hook(Tensor.contiguous)
+    return feature.flatten(2).transpose(1, 2)
+
+
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     """tokens (B, N, C), index (B, K) -> (B, K, C)."""
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
@@ -88,3 +97,34 @@ class TokenMap(NamedTuple):
         if index is None:
             return self
         return self._replace(index=index if self.index is None else self.index.gather(1, index))
+
+    def regions(self, size: int, batch: int, device: torch.device) -> "Regions":
+        """The tokens of a batch by the squares of ``size`` x ``size`` cells that they stand in.
+
+        Each image has regions of its own, and so has its padding.
+        """
+        height, width = self.shape
+        rows, columns = -(-height // size), -(-width // size)
+        cells = self.index
+        if cells is None:
+            cells = torch.arange(height * width, device=device).expand(batch, -1)
+        index = cells // width // size * columns + cells % width // size
+        index = index + torch.arange(batch, device=device)[:, None] * rows * columns
+        count = batch * rows * columns
+        if self.padding is None:
+            return Regions(index.flatten(), count)
+        return Regions((index + ~self.valid * count).flatten(), 2 * count)
+
+
+class Regions(NamedTuple):
+    """Which of T tokens belong together."""
+
+    index: Tensor  # (T,) in 0..count - 1
+    count: int  # of regions; some may have no token
+
+    def mean(self, values: Tensor) -> Tensor:
+        """(T, C) -> (T, C): of each token its region's mean."""
+        index = self.index[:, None].expand_as(values)
+        means = values.new_zeros(self.count, values.shape[1])
+        means = means.scatter_reduce(0, index, values, "mean", include_self=False)
+        return means.gather(0, index)

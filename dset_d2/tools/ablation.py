@@ -41,6 +41,7 @@ from .common import (
     build,
     build_model,
     entry_point,
+    evaluated_names,
     read_config,
     write_json,
 )
@@ -178,6 +179,8 @@ def main(argv: list[str] | None = None) -> None:
     ]
     configs = [read_config(file, [*own, *args.opts], args.device) for _, file, own in variants]
     for cfg in configs:
+        if len(names := evaluated_names(cfg)) > 1:
+            raise UsageError(f"dataloader.test names {', '.join(names)}: name one to compare by")
         build_model(cfg)  # what is wrong shall not come out hours later
     for run in runs:
         claim(run)

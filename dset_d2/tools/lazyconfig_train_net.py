@@ -72,6 +72,7 @@ from .common import (
     build_model,
     check_weights,
     entry_point,
+    evaluated_names,
     read_config,
     usage_errors,
 )
@@ -164,40 +165,73 @@ def build_loader(
         return instantiate({**node, "dataset": dataset})
 
 
+def single_tests(cfg: DictConfig) -> dict[str, DictConfig]:
+    """The config for each of its test sets, by name, as if there were no other."""
+    names = evaluated_names(cfg)
+    if not OmegaConf.is_list(OmegaConf.select(cfg, "dataloader.evaluator.dataset_name")):
+        return {names[0]: cfg}
+    singles = {}
+    for name in names:
+        singles[name] = single = copy.deepcopy(cfg)
+        evaluator = single.dataloader.evaluator
+        single.dataloader.test.dataset.names = evaluator.dataset_name = name
+        if len(names) > 1 and evaluator.get("output_dir"):
+            evaluator.output_dir = f"{evaluator.output_dir}/{name}"
+    return singles
+
+
 def check_data(
-    cfg: DictConfig, trained: list[str], few: int | None = None
+    cfg: DictConfig, trained: list[str] | None, few: int | None = None
 ) -> Callable[[torch.nn.Module], dict]:
     """Build what evaluations use, so that what is wrong with it ends a run before its first step.
 
     Args:
-        trained: names of the data sets of training, which are loaded.
-        few: how many images to evaluate on, if not all.
+        trained: names of the data sets of training, which are loaded; None if nothing is trained.
+        few: how many images of each test set to evaluate on, if not all.
 
     Returns:
-        The evaluation of a model.
+        The evaluation of a model. Metrics of several test sets are nested by the sets' names.
     """
-    loader = build_loader(cfg, "test", few=few)
-    evaluator = build(cfg, "dataloader.evaluator")
-    if type(evaluator) is COCOEvaluator:  # of others the first evaluation tells
-        name = cfg.dataloader.evaluator.dataset_name
+    singles = single_tests(cfg)
+    loaders = [build_loader(single, "test", few=few) for single in singles.values()]
+    evaluators = [build(single, "dataloader.evaluator") for single in singles.values()]
+    if all(type(evaluator) is COCOEvaluator for evaluator in evaluators):
         with usage_errors("the config"):
-            check_datasets(trained, name, OmegaConf.select(cfg, "model.decoder.num_classes"))
-        classes = MetadataCatalog.get(name).thing_classes
-        metrics = [*COCO_METRICS, *(f"AP-{x}" for x in classes if len(classes) > 1)]
-        tasks = cfg.dataloader.evaluator.get("tasks") or ["bbox"]
-        known = [f"{task}/{metric}" for task in tasks for metric in metrics]
-        if cfg.train.best_metric not in known:
-            raise UsageError(no_metric(cfg.train.best_metric, known))
+            for name in singles:
+                num_classes = OmegaConf.select(cfg, "model.decoder.num_classes")
+                check_datasets([*(trained or []), *singles], name, num_classes)
+        if trained is not None:
+            check_best_metric(cfg, list(singles))
 
     def evaluate(model: torch.nn.Module) -> dict:
-        with printed_to_log():
-            results = inference_on_dataset(model, loader, evaluator)
-        print_csv_format(results)
+        results = {}
+        for name, loader, evaluator in zip(singles, loaders, evaluators):
+            with printed_to_log():
+                results[name] = inference_on_dataset(model, loader, evaluator)
+            print_csv_format(results[name])
+        results = results if len(results) > 1 else results[name]
         for line in evaluation_lines(results):
             logger.info("%s", line)
         return results
 
     return evaluate
+
+
+def check_best_metric(cfg: DictConfig, names: list[str]) -> None:
+    """Raise a :class:`UsageError` if COCO's evaluations of the test sets give no such metric.
+
+    Of other evaluators the first evaluation tells.
+    """
+    classes = MetadataCatalog.get(names[0]).thing_classes
+    metrics = [*COCO_METRICS, *(f"AP-{x}" for x in classes if len(classes) > 1)]
+    tasks = cfg.dataloader.evaluator.get("tasks") or ["bbox"]
+    known = [f"{task}/{metric}" for task in tasks for metric in metrics]
+    if len(names) > 1:
+        known = [f"{name}/{metric}" for name in names for metric in known]
+    best = cfg.train.best_metric
+    if best not in known:
+        same = [metric for metric in known if metric.endswith(f"/{best}")]
+        raise UsageError(no_metric(best, same or known))
 
 
 def check_data_set_names(cfg: DictConfig) -> None:
@@ -213,9 +247,6 @@ def check_data_set_names(cfg: DictConfig) -> None:
             if name not in DatasetCatalog:
                 close = nearest(name, DatasetCatalog.list())
                 raise UsageError(f"{key}={name}: no data set has this name{close}")
-    name = OmegaConf.select(cfg, "dataloader.evaluator.dataset_name")
-    if OmegaConf.is_list(name):
-        raise UsageError(f"dataloader.test: {name}: an evaluator scores one data set, not a list")
 
 
 def build_ema(cfg: DictConfig, model: torch.nn.Module) -> ModelEMA | None:
@@ -264,7 +295,7 @@ def train(cfg: DictConfig, args: Namespace) -> None:
     logger.debug("Model:\n%s", model)
     if cfg.train.init_checkpoint and not (resumed or cfg.train.resume_from):
         with initial_weights(cfg):
-            load_initial(model, cfg.train.init_checkpoint)
+            load_initial(model, cfg.train.init_checkpoint, cfg.train.upcycling)
     few = FEW if args.check else None
     loader = build_loader(cfg, "train", some(dataset, few))  # looking at all images takes longest
     evaluate = check_data(cfg, dataset_names(cfg.dataloader.train.get("dataset", {})), few)
@@ -425,7 +456,7 @@ def main(args: Namespace) -> None:
     with initial_weights(cfg):
         load_upstream(model, cfg.train.init_checkpoint, whole=True)
     check_data_set_names(cfg)
-    evaluate = check_data(cfg, [])
+    evaluate = check_data(cfg, None)
     evaluate(create_ddp_model(model, **cfg.train.ddp))
 
 

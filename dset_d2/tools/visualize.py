@@ -37,6 +37,7 @@ from .common import (
     build,
     build_model,
     entry_point,
+    evaluated_names,
     image_files,
     load_weights,
     read_config,
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         dataset_dicts = build(cfg, "dataloader.test.dataset")[: args.num_images]
     names = output_names([Path(x["file_name"]) for x in dataset_dicts], args.output)
     dataset_dicts = [x | {"name": name} for x, name in zip(dataset_dicts, names)]
-    classes = MetadataCatalog.get(cfg.dataloader.evaluator.dataset_name).thing_classes
+    classes = MetadataCatalog.get(evaluated_names(cfg)[0]).thing_classes
     args.output.mkdir(parents=True, exist_ok=True)
     routings = defaultdict(list)
     for dataset_dict, image in read_images(tqdm(dataset_dicts, desc="drawing")):

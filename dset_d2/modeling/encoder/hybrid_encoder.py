@@ -6,12 +6,13 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor, nn
 
+from ...arguments import arguments, build
 from ..context import forward_context
 from ..ffn import make_ffn
 from ..layers import ConvNorm, check_choice, constant, projection
 from ..registry import ENCODER_REGISTRY
 from ..sparse import MoEConfig, PruningConfig, TokenPruner, moe_layers
-from ..tokens import Padding, TokenMap, prune, restore
+from ..tokens import Padding, TokenMap, as_tokens, prune, restore
 from .base import Encoded
 from .fusion_blocks import CSPRepLayer, RepNCSPELAN4, SCDown
 
@@ -195,19 +196,16 @@ class HybridEncoder(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> dict:
-        node = cfg.MODEL.ENCODER
-        return {
+        node, moe, pruning = cfg.MODEL.ENCODER, None, None
+        if node.MOE.NUM_EXPERTS:
+            moe = build(MoEConfig, cfg, "MODEL.ENCODER.MOE")
+        if node.PRUNING.KEEP_RATIO not in (0, 1):
+            pruning = build(PruningConfig, cfg, "MODEL.ENCODER.PRUNING")
+        return arguments(cls, cfg, "MODEL.ENCODER") | {
             "in_channels": [shape.channels for shape in input_shape.values()],
             "in_features": list(input_shape),
-            "hidden_dim": node.HIDDEN_DIM,
-            "num_heads": node.NUM_HEADS,
-            "dim_feedforward": node.DIM_FEEDFORWARD,
-            "dropout": node.DROPOUT,
-            "use_encoder_idx": [len(input_shape) - 1],
-            "num_encoder_layers": node.NUM_LAYERS,
-            "fusion": node.FUSION,
-            "expansion": node.EXPANSION,
-            "depth_mult": node.DEPTH_MULT,
+            "moe": moe,
+            "pruning": pruning,
         }
 
     def forward(self, features: list[Tensor], padding: Padding | None = None) -> Encoded:
@@ -226,8 +224,8 @@ class HybridEncoder(nn.Module):
         position = position_embedding(
             height, width, self.hidden_dim, self.pe_temperature, feature.device
         )
-        tokens = feature.flatten(2).transpose(1, 2)
-        tokens, dropped = encoder(tokens, position, TokenMap((height, width), padding))
+        where = TokenMap((height, width), padding)
+        tokens, dropped = encoder(as_tokens(feature), position, where)
         return tokens.transpose(1, 2).unflatten(2, (height, width)).contiguous(), dropped
 
     def cross_scale(self, features: list[Tensor]) -> list[Tensor]:
