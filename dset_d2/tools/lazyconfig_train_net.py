@@ -256,7 +256,7 @@ def build_ema(cfg: DictConfig, model: torch.nn.Module) -> ModelEMA | None:
 
 def pictures(cfg: DictConfig, model: torch.nn.Module) -> Pictures | None:
     """Pictures of the first test image for TensorBoard, if image and classes are known."""
-    name = OmegaConf.select(cfg, "dataloader.evaluator.dataset_name")
+    name = evaluated_names(cfg)[0]
     if name is None or "dataset" not in cfg.dataloader.test:
         return None
     dataset_dict = instantiate(cfg.dataloader.test.dataset)[0]

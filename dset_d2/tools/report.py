@@ -58,6 +58,7 @@ from .common import (
     check_output,
     describe_device,
     entry_point,
+    evaluated_names,
     in_one_line,
     write_json,
 )
@@ -306,7 +307,7 @@ def test_images(cfg: DictConfig) -> list[dict]:
 
 
 def class_names(cfg: DictConfig) -> list[str]:
-    return MetadataCatalog.get(cfg.dataloader.evaluator.dataset_name).thing_classes
+    return MetadataCatalog.get(evaluated_names(cfg)[0]).thing_classes
 
 
 def generated(dataset_dict: dict) -> bool:
