@@ -18,7 +18,7 @@ demo: $(READY)
 	DETECTRON2_DATASETS=$(DEMO)/datasets $(BIN)/python -m dset_d2.tools.visualize \
 		--config-file $(DEMO_CONFIG) \
 		--weights $(DEMO)/model_best.pth --output $(DEMO)/detections --num-images 12
-	@echo "pictures: $(DEMO)/detections  metrics: $(DEMO)/metrics.json  weights: $(DEMO)/model_best.pth"
+	@echo "pictures: $(DEMO)/detections  report: $(DEMO)/report.md  weights: $(DEMO)/model_best.pth"
 
 # A process for each core, up to four for their memory, with one thread each: more would wait for
 # each other. Files stay whole, for what their tests share, and in order, which has whole runs early.

@@ -52,7 +52,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["dset_d2", "dset_d2.*"]) + list(config_packages()),
     package_dir=config_packages(),
-    package_data={"dset_d2": ["py.typed"]},
+    package_data={"": ["*.yaml", "py.typed"]},  # configs for Detectron2's CfgNode, and PEP 561's
     entry_points={"console_scripts": ["dset_d2 = dset_d2.__main__:main"]},
     # Detectron2 is not listed, since no index has it: it is installed from its repository. Nor is
     # OpenCV, of which an environment may have one of four distributions and pip cannot ask for
@@ -62,11 +62,11 @@ setup(
         "torch>=2.10",  # the first with torch.nn.functional.grouped_mm
         "torchvision>=0.25",
         "numpy>=1.23",
-        "scipy>=1.9",
+        "scipy>=1.12",
         "Pillow>=9",
         "pycocotools>=2.0.6",
         "matplotlib>=3.5",
-        "timm>=1.0.20",
+        "timm>=1.0.23",
         "safetensors>=0.4",
         "fvcore>=0.1.5.post20221221",
         "omegaconf>=2.1,<2.4",
@@ -75,7 +75,7 @@ setup(
         "tabulate",
     ],
     extras_require={
-        "opencv": ["opencv-python>=4.5"],
+        "opencv": ["opencv-python>=4.5.5.64"],
         "test": ["pytest>=7", "pytest-xdist>=3.7", "hypothesis>=6", "transformers>=4.49", "ruff"],
     },
 )

@@ -1,13 +1,14 @@
-"""Configurations: the LazyConfig files of this project, and the keys of Detectron2's older
-``CfgNode`` system that the registered classes read."""
+"""Configurations: the LazyConfig files of this project."""
 
 import difflib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from inspect import signature
+from dataclasses import is_dataclass
+from inspect import Parameter, signature
 from pathlib import Path
+from typing import get_args
 
-from detectron2.config import CfgNode, LazyConfig
+from detectron2.config import LazyCall, LazyConfig
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -53,7 +54,9 @@ def find_config(path: str, roots: Sequence[Path] = (Path(), *ROOTS)) -> Path:
         if (root / path).is_file():
             return (root / path).resolve()  # Detectron2 finds a config's parents from its own path
     folders = [root / Path(path).parent for root in roots]
-    known = sorted({file.name for folder in folders for file in folder.glob("*.py")})
+    known = sorted(
+        {file.name for folder in folders for file in folder.glob(f"*{Path(path).suffix}")}
+    )
     raise FileNotFoundError(f"no config {path!r}; in its folder are: {', '.join(known) or 'none'}")
 
 
@@ -77,16 +80,24 @@ def get_config(path: str) -> DictConfig:
 def apply_overrides(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     """Detectron2's overrides, but a key that the config lacks is an error with a suggestion.
 
+    One of a group of settings that is off, such as ``model.encoder.moe.num_experts=4``, puts the
+    group there.
+
     Raises:
-        ValueError: on such a key, on text in place of a number, a list or a group of settings, or
-            on an override that cannot be read or applied; names it.
+        ValueError: on such a key, on text in place of a number, a list or a group of settings, on
+            an override that cannot be read or applied, or on a group that lacks what has no
+            default; names it.
     """
     known = all_keys(cfg)
+    groups = []
     for override in overrides:
         key, _, value = override.partition("=")
         if "=" in value and value[0] not in "\"'[{(":  # such as a path, which the parser refuses
             override = f"{key}={json.dumps(value)}"
         key = key.lstrip("+~")
+        if added := add_groups(cfg, key):
+            groups += added
+            known = all_keys(cfg)
         if not override.startswith("+") and key not in known:
             raise ValueError(
                 f"the config has no key {key!r}{nearest(key, known)}; +{override} adds it"
@@ -102,7 +113,44 @@ def apply_overrides(cfg: DictConfig, overrides: list[str]) -> DictConfig:
                 # Names of data sets may be one or a list.
                 if isinstance(before, kind) and not (kind is ListConfig and key.endswith("names")):
                     raise ValueError(f"override {override!r}: {key} is {name}, as {before}")
+    for key in groups:
+        check_complete(cfg, key)
     return cfg
+
+
+def add_groups(cfg: DictConfig, key: str) -> list[str]:
+    """Put the groups of settings that a dotted key lies in, and that are off, into the config.
+
+    Such a group is a dataclass which the ``_target_`` that it is for takes, or None in its place.
+
+    Returns:
+        Their dotted names.
+    """
+    added = []
+    node, parts = cfg, key.split(".")
+    for depth, name in enumerate(parts[:-1], 1):
+        if not isinstance(node, DictConfig):
+            break
+        if node.get(name) is None:
+            parameter = parameters_of(node.get("_target_")).get(name)
+            kinds = get_args(parameter.annotation) if parameter else ()
+            settings = next(filter(is_dataclass, kinds), None)
+            if settings is None:
+                break
+            node[name] = LazyCall(settings)()
+            added.append(".".join(parts[:depth]))
+        node = node[name]
+    return added
+
+
+def check_complete(cfg: DictConfig, key: str) -> None:
+    """Raise a ValueError if a group of settings lacks one that has no default."""
+    group = OmegaConf.select(cfg, key)
+    if group is None:  # turned off again
+        return
+    for name, parameter in parameters_of(group.get("_target_")).items():
+        if parameter.default is Parameter.empty and name not in group:
+            raise ValueError(f"{key} needs {name}, which has no default: add {key}.{name}=VALUE")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -124,91 +172,19 @@ def all_keys(cfg, prefix: str = "") -> set[str]:
     return keys
 
 
-def parameters_of(target: Callable | str | None) -> list[str]:
-    """Names of the parameters of a config's ``_target_``, those that it hands to its base too."""
+def parameters_of(target: Callable | str | None) -> dict[str, Parameter]:
+    """The parameters of a config's ``_target_``, those that it hands to its base too."""
     if target is None:
-        return []
+        return {}
     target = locate(target) if isinstance(target, str) else target
-    names = []
+    found = {}
     for owner in getattr(target, "__mro__", [target]):
         try:
             parameters = signature(owner).parameters.values()
         except ValueError:  # written in C, with nothing to inspect
             break
-        names += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        named = {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        found = named | found
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
-    return names
-
-
-def add_detr_config(cfg: CfgNode) -> None:
-    """Add the keys of this project's registered classes to a ``CfgNode``, in place."""
-    cfg.MODEL.PIXEL_MEAN = [0.0, 0.0, 0.0]
-    cfg.MODEL.PIXEL_STD = [255.0, 255.0, 255.0]
-    cfg.INPUT.FORMAT = "RGB"
-    cfg.TEST.DETECTIONS_PER_IMAGE = 300
-    cfg.MODEL.PRESNET = CfgNode(
-        {
-            "DEPTH": 18,
-            "FREEZE_AT": -1,
-            "FREEZE_NORM": False,
-            "OUT_FEATURES": ["res3", "res4", "res5"],
-        }
-    )
-    cfg.MODEL.HGNETV2 = CfgNode(
-        {
-            "NAME": "L",
-            "USE_LAB": False,
-            "FREEZE_AT": 0,
-            "FREEZE_NORM": True,
-            "OUT_FEATURES": ["stage2", "stage3", "stage4"],
-        }
-    )
-    cfg.MODEL.DINOV3 = CfgNode(
-        {
-            "NAME": "vit_small_patch16_dinov3_qkvb",
-            "EMBED_DIM": 384,  # of the ViT that NAME names
-            "TAPS": [5, 8, 11],
-            "ADAPTER": "sta",
-            "OUT_CHANNELS": 160,
-            "FREEZE": False,
-            "UNFREEZE_STEP": -1,  # never, if frozen at all
-            "UNFREEZE_BLOCKS": 4,
-            "LORA_RANK": 0,  # none
-            "LORA_ALPHA": 16.0,
-            "GRADIENT_CHECKPOINTING": False,
-        }
-    )
-    cfg.MODEL.ENCODER = CfgNode(
-        {
-            "NAME": "HybridEncoder",
-            "HIDDEN_DIM": 256,
-            "NUM_HEADS": 8,
-            "DIM_FEEDFORWARD": 1024,
-            "DROPOUT": 0.0,
-            "NUM_LAYERS": 1,
-            "FUSION": "csp_rep",
-            "EXPANSION": 0.5,
-            "DEPTH_MULT": 1.0,
-        }
-    )
-    cfg.MODEL.DECODER = CfgNode(
-        {
-            "NAME": "RTDETRDecoder",
-            "NUM_CLASSES": 80,
-            "HIDDEN_DIM": 256,
-            "NUM_QUERIES": 300,
-            "NUM_HEADS": 8,
-            "NUM_LAYERS": 3,
-            "DIM_FEEDFORWARD": 1024,
-            "EVAL_IDX": -1,
-            "NUM_POINTS": [4, 4, 4],
-            "CROSS_ATTN_METHOD": "default",
-            "QUERY_SELECT_METHOD": "default",
-            "NUM_DENOISING": 100,
-            # Of DFINEDecoder alone:
-            "LAYER_SCALE": 1.0,
-            "REG_MAX": 32,
-            "REG_SCALE": 4.0,
-        }
-    )
+    return found

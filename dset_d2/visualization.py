@@ -1,8 +1,13 @@
-"""Pictures of what the sparse mechanisms do: kept tokens, experts on the image, their load."""
+"""Pictures: boxes with a colour per class, and what the sparse mechanisms do: kept tokens, experts
+on the image, their load."""
+
+from collections.abc import Iterable, Sequence
 
 import cv2
 import matplotlib
 import numpy as np
+from detectron2.structures import BoxMode, Instances
+from detectron2.utils.visualizer import Visualizer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -12,6 +17,108 @@ from .modeling.sparse import MoERecord, PruningRecord
 from .modeling.tokens import TokenMap
 
 PALETTE = (np.array(matplotlib.colormaps["tab10"].colors) * 255).astype(np.uint8)  # one per expert
+GREY = np.full(3, 128, np.uint8)  # of regions to ignore
+GOLDEN = 0.618034  # share of the circle of hues between neighbours
+
+Caption = tuple[str, np.ndarray | None]  # a text, and the colour that it explains
+
+
+def class_colours(count: int) -> np.ndarray:
+    """(count, 3) RGB uint8; a class has the same colour in all pictures of a data set."""
+    if count <= len(PALETTE):
+        return PALETTE[:count]
+    index = np.arange(count)
+    hsv = [index * GOLDEN % 1, 1 - 0.25 * (index % 3), 1 - 0.2 * (index % 2)]
+    return (matplotlib.colors.hsv_to_rgb(np.stack(hsv, 1)) * 255).astype(np.uint8)
+
+
+def captioned(picture: np.ndarray, captions: Sequence[Caption]) -> np.ndarray:
+    """(H, W, 3) uint8 with a white strip below that holds texts, each behind its colour."""
+    width = picture.shape[1]
+    line = int(np.clip(width / 45, 13, 32))  # pixels
+    scale, left = line / 36, line // 3
+    strips, x = [], width
+    for text, colour in captions:
+        mark = 0 if colour is None else line
+        needed = mark + cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)[0][0] + 2 * left
+        if x + needed > width:
+            strips.append(np.full((line, width, 3), 255, np.uint8))
+            x = left
+        if colour is not None:
+            strips[-1][line // 5 : -line // 5, x : x + mark - left] = colour
+        place = (x + mark, int(0.75 * line))
+        cv2.putText(
+            strips[-1], text, place, cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), 1, cv2.LINE_AA
+        )
+        x += needed
+    return np.concatenate([picture, *strips])
+
+
+def draw_boxes(
+    image: np.ndarray, boxes: np.ndarray, labels: list[str], colours: np.ndarray
+) -> np.ndarray:
+    """(H, W, 3) RGB uint8 with (n, 4) boxes x1, y1, x2, y2 of (n, 3) uint8 colours."""
+    drawing = Visualizer(image)
+    edges = [tuple(colour) for colour in colours / 255]
+    for box, edge in zip(boxes, edges):
+        drawing.draw_box(box, alpha=1, edge_color=edge)  # those below let the image through
+    drawing.overlay_instances(boxes=boxes, labels=labels, assigned_colors=edges)
+    return drawing.output.get_image()
+
+
+def draw_detections(
+    image: np.ndarray, instances: Instances, names: Sequence[str], threshold: float
+) -> np.ndarray:
+    """The boxes whose score reaches the threshold; arguments and result as of :func:`draw_boxes`.
+
+    Args:
+        names: of the classes.
+    """
+    kept = instances[instances.scores >= threshold].to("cpu")
+    classes = kept.pred_classes.tolist()
+    labels = [f"{names[c]} {score:.0%}" for c, score in zip(classes, kept.scores.tolist())]
+    boxes = kept.pred_boxes.tensor.numpy()
+    return draw_boxes(image, boxes, labels, class_colours(len(names))[classes])
+
+
+def draw_ground_truth(
+    image: np.ndarray, annotations: list[dict], names: Sequence[str]
+) -> np.ndarray:
+    """The annotated boxes; regions to ignore are grey and named so."""
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    labels = ["ignore" if a.get("iscrowd") else names[a["category_id"]] for a in annotations]
+    palette = class_colours(len(names))
+    colours = [GREY if a.get("iscrowd") else palette[a["category_id"]] for a in annotations]
+    boxes, colours = np.array(boxes).reshape(-1, 4), np.array(colours).reshape(-1, 3)
+    return draw_boxes(image, boxes, labels, colours)
+
+
+def class_legend(classes: Iterable[int], names: Sequence[str]) -> list[Caption]:
+    """Captions of the classes that a picture shows."""
+    colours = class_colours(len(names))
+    return [(names[c], colours[c]) for c in sorted(set(classes))]
+
+
+def detection_picture(
+    image: np.ndarray,
+    instances: Instances,
+    annotations: list[dict] | None,
+    names: Sequence[str],
+    threshold: float = 0.4,
+) -> np.ndarray:
+    """Ground truth, if there are annotations, beside detections, with a legend of their classes.
+
+    Args:
+        image: (H, W, 3) RGB uint8.
+    """
+    kept = instances[instances.scores >= threshold]
+    picture = draw_detections(image, kept, names, threshold)
+    shown = kept.pred_classes.tolist()
+    if annotations is not None:
+        truth = draw_ground_truth(image, annotations, names)
+        picture = np.concatenate([truth, picture], axis=1)
+        shown += [a["category_id"] for a in annotations if not a.get("iscrowd")]
+    return captioned(picture, class_legend(shown, names))
 
 
 def upscale(cells: np.ndarray, height: int, width: int, fill=(1.0, 1.0)) -> np.ndarray:
@@ -65,7 +172,9 @@ def draw_experts(
 
 
 def sparsity_pictures(image: np.ndarray, records: dict[str, Record]) -> dict[str, np.ndarray]:
-    """(H, W, 3) pictures by name: what each pruner kept, experts of each layer over a map.
+    """Pictures by name: what each pruner kept, experts of each layer over a map.
+
+    They are (H, W, 3) and below the image say what they show.
 
     Args:
         records: what the model left (:func:`dset_d2.modeling.forward_context`) when it ran on the
@@ -76,13 +185,18 @@ def sparsity_pictures(image: np.ndarray, records: dict[str, Record]) -> dict[str
         place = name.partition("/")[2]
         if isinstance(record, PruningRecord):
             where, kept = record.where, record.kept_cells()[0].nonzero().flatten().cpu().numpy()
-            pictures[f"kept_{place}"] = draw_kept(image, where.shape, kept, fill_of(where))
+            drawn = draw_kept(image, where.shape, kept, fill_of(where))
+            cells = where.shape[0] * where.shape[1]
+            texts = (place, f"kept {len(kept) / cells:.0%}", f"{len(kept)} of {cells} tokens")
+            pictures[f"kept_{place}"] = captioned(drawn, [(text, None) for text in texts])
         elif isinstance(record, MoERecord) and record.tokens is not None:
             shape, index = record.tokens.shape, record.tokens.index
             cells = np.arange(shape[0] * shape[1]) if index is None else index[0].cpu().numpy()
             experts = record.routing.experts[:, 0].cpu().numpy()
             fill = fill_of(record.tokens)
-            pictures[f"expert_{place}"] = draw_experts(image, shape, cells, experts, fill)
+            drawn = draw_experts(image, shape, cells, experts, fill)
+            legend = [(str(i), PALETTE[i % len(PALETTE)]) for i in range(record.config.num_experts)]
+            pictures[f"expert_{place}"] = captioned(drawn, [(f"{place}: expert", None), *legend])
     return pictures
 
 
@@ -107,10 +221,13 @@ def plot_routing(statistics: dict[str, dict[str, Tensor]]) -> Figure:
         top.bar(experts, usage, color=PALETTE[experts % len(PALETTE)] / 255)
         top.axhline(1 / len(usage), color="black", linewidth=0.8, linestyle="--")
         top.set(title=name, xticks=experts, ylim=(0, max(0.5, usage.max() * 1.1)))
-        bottom.imshow(values["coactivation"].cpu().numpy(), cmap="viridis", vmin=0)
+        together = bottom.imshow(
+            values["coactivation"].cpu().numpy(), cmap="viridis", vmin=0, vmax=1
+        )
         bottom.set(xticks=experts, yticks=experts, xlabel="expert")
     axes[0, 0].set_ylabel("share of assignments")
-    axes[1, 0].set_ylabel("used together")
+    axes[1, 0].set_ylabel("expert")
+    figure.colorbar(together, ax=axes[1].tolist(), label="share of tokens that use both")
     return figure
 
 

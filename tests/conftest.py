@@ -30,6 +30,7 @@ TINY_RUN = [
     "dataloader.train.num_workers=0",
     "dataloader.test.num_workers=0",
     "train.log_period=1",
+    "train.report=false",
 ]
 
 

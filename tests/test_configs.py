@@ -12,6 +12,8 @@ from omegaconf import DictConfig
 
 import dset_d2
 from dset_d2.config import apply_overrides, load_config
+from dset_d2.modeling import LoRAConfig
+from dset_d2.modeling.sparse import MoE, MoEConfig, PruningConfig
 
 from .conftest import make_inputs
 
@@ -37,6 +39,8 @@ PARAMETERS = {  # published, in millions
 @pytest.mark.parametrize("path", CONFIGS)
 def test_config_trains_and_detects(path, tmp_path):
     cfg = dset_d2.get_config(path)
+    if cfg.model.decoder.num_classes is None:
+        cfg.model.decoder.num_classes = 3
     model = instantiate(cfg.model)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
@@ -68,6 +72,36 @@ def test_published_parameter_counts(name):
     assert millions == pytest.approx(PARAMETERS[name], abs=1)
 
 
+DOCUMENTS = {  # experts and top-k of the encoder and of the decoder, share of the tokens
+    "r18_light": ((2, 1), (3, 2), 0.6),
+    "r34": ((6, 3), (6, 3), 0.7),
+    "r50": ((4, 2), (6, 3), 0.7),
+}
+
+
+@pytest.mark.parametrize("size", DOCUMENTS)
+def test_sizes_have_the_documents_experts(size):
+    names = [f"dset_{size}", f"dset_{size.removesuffix('_light')}_literal"]
+    names += [] if size.endswith("light") else [f"dset_{size}_full"]
+    for name in names:
+        model = dset_d2.get_config(f"projects/dset/configs/{name}_dair_v2x.py").model
+        experts = [(p.moe.num_experts, p.moe.top_k) for p in (model.encoder, model.decoder)]
+        assert (*experts, model.encoder.pruning.keep_ratio) == DOCUMENTS[size]
+        assert ("literal" in name) == (model.encoder.pruning.get("foreground_weight") == 0)
+
+
+@pytest.mark.parametrize("size", ["r18", *DOCUMENTS])
+def test_controls_are_as_wide_as_what_a_token_uses(size):
+    sparse, dense = (
+        dset_d2.get_config(f"projects/dset/configs/{kind}_{size}_dair_v2x.py").model
+        for kind in ("dset", "dense")
+    )
+    for part in ("encoder", "decoder"):
+        moe = instantiate(sparse[part].moe)
+        used = moe.top_k * moe.width(sparse[part].dim_feedforward)
+        assert dense[part].dim_feedforward == used
+
+
 def test_unknown_config_lists_its_neighbours():
     with pytest.raises(FileNotFoundError, match="rtdetrv2_r18_coco.py"):
         dset_d2.get_config("configs/rtdetr/rtdetrv2_r19_coco.py")
@@ -93,6 +127,52 @@ def test_misspelt_override_suggests_the_right_key():
     assert decoder.decoder.layers[0].dropout1.p == 0.1 and decoder.eval_idx == 0
 
 
+ENCODER_MOE = "model.encoder.moe"
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_groups_that_are_off_turn_on(tmp_path, saved):
+    cfg = dset_d2.get_config("configs/rtdetr/rtdetrv2_r18_coco.py")
+    if saved:  # its classes are then named by text
+        LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
+        cfg = LazyConfig.load(str(tmp_path / "config.yaml"))
+    assert "moe" not in cfg.model.encoder
+    overrides = ["encoder.moe.num_experts=2", "encoder.pruning.keep_ratio=0.7"]
+    overrides += ["decoder.moe.top_k=1", "decoder.moe.num_experts=4"]
+    apply_overrides(cfg, [f"model.{override}" for override in overrides])
+    model = instantiate(cfg.model)
+    assert sum(isinstance(module, MoE) for module in model.modules()) == 4
+    groups = [cfg.model.encoder.moe, cfg.model.encoder.pruning, cfg.model.decoder.moe]
+    expected = [MoEConfig(2), PruningConfig(0.7), MoEConfig(4, 1)]
+    assert [instantiate(group) for group in groups] == expected
+    apply_overrides(cfg, [f"{ENCODER_MOE}=null", "model.encoder.pruning=null"])
+    assert cfg.model.encoder.moe is None and cfg.model.encoder.pruning is None
+
+
+def test_groups_of_a_backbone_turn_on():
+    cfg = dset_d2.get_config("projects/dfine_dinov3/configs/dfine_dinov3_s_coco.py")
+    assert cfg.model.backbone.lora is None
+    apply_overrides(cfg, ["model.backbone.lora.rank=4", "model.backbone.lora.blocks=2"])
+    assert instantiate(cfg.model.backbone.lora) == LoRAConfig(rank=4, blocks=2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([f"{ENCODER_MOE}.top_k=1"], f"{ENCODER_MOE} needs num_experts, which has no default"),
+        ([f"{ENCODER_MOE}.num_expert=4"], f"no key .*; close to it: {ENCODER_MOE}.num_experts"),
+        (["model.encoder.mor.top_k=1"], "the config has no key 'model.encoder.mor.top_k'"),
+        (["model.backbone.lora.rank=8"], "the config has no key 'model.backbone.lora.rank'"),
+        (["model.encoder.hidden_dim.x=8"], "the config has no key 'model.encoder.hidden_dim.x'"),
+    ],
+)
+def test_groups_that_cannot_be_turned_on(overrides, message):
+    cfg = dset_d2.get_config("configs/rtdetr/rtdetrv2_r18_coco.py")
+    with pytest.raises(ValueError, match=message):
+        apply_overrides(cfg, overrides)
+    apply_overrides(cfg, [f"{ENCODER_MOE}.top_k=1", f"{ENCODER_MOE}=null"])
+
+
 def test_custom_config_takes_files_and_registered_data_sets(tmp_path):
     image = {"id": 1, "file_name": "x.jpg", "height": 4, "width": 5}
     category = {"id": 3, "name": "car"}
@@ -114,6 +194,12 @@ def test_custom_config_takes_files_and_registered_data_sets(tmp_path):
     assert len(instantiate(by_file.test.dataset)) == 1
     with pytest.raises(ValueError, match="'my_train': set json_file and image_root"):
         instantiate(switched("names=my_train", f"image_root={tmp_path}").test.dataset)
+
+
+def test_no_number_of_classes_is_an_error():
+    cfg = dset_d2.get_config("configs/rtdetr/rtdetrv2_r18_custom.py")
+    with pytest.raises(ValueError, match="num_classes=None must be the data set's number"):
+        instantiate(cfg.model)
 
 
 @pytest.mark.parametrize(

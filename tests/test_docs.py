@@ -1,9 +1,11 @@
 """Commands that the documentation shows are ones that the tools take."""
 
 import argparse
+import json
 import re
 import subprocess
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,11 @@ COMMAND = re.compile(r"(\w+=\S+ )?python -m dset_d2\.tools\.(\w+)")
 TOOLS = {file.stem for file in ROOT.glob("dset_d2/tools/*.py")} - {"__init__", "common"}
 READMES = [ROOT / "README.md", *sorted(ROOT.glob("projects/*/README.md"))]
 PLACEHOLDERS = {"CONFIG", "OTHER"}
+ONE_IMAGE = {
+    "images": [{"id": 1, "file_name": "x.jpg", "height": 4, "width": 5}],
+    "annotations": [],
+    "categories": [{"id": 1, "name": "car"}],
+}
 
 
 def find_commands(text: str) -> list[str]:
@@ -53,7 +60,7 @@ class Parsed(Exception):
 
 
 @pytest.mark.parametrize("folder, command", documents())
-def test_documented_commands_are_taken(folder, command, monkeypatch):
+def test_documented_commands_are_taken(folder, command, monkeypatch, tmp_path):
     shell = f"set -f; python() {{ printf '%s\\0' \"$@\"; }}; {command}"
     result = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
     _, module, *words = result.stdout.split("\0")[:-1]
@@ -70,6 +77,9 @@ def test_documented_commands_are_taken(folder, command, monkeypatch):
     if "config_file" not in args:
         return
     files = args.config_file if isinstance(args.config_file, list) else [args.config_file]
+    monkeypatch.chdir(tmp_path)  # where the documents' files of a user's data are
+    for name in ("train.json", "val.json"):
+        Path(name).write_text(json.dumps(ONE_IMAGE))
     runs = [(file, args.opts) for file in files]
     for variant in vars(args).get("variant", []):
         runs.append((variant.config_file or files[0], [*variant.overrides, *args.opts]))

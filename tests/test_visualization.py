@@ -1,11 +1,16 @@
 import numpy as np
+import pytest
 import torch
+from detectron2.structures import Boxes, BoxMode, Instances
 
 from dset_d2.modeling import forward_context
 from dset_d2.modeling.sparse import MoEConfig, MoERecord
 from dset_d2.modeling.sparse.moe import Routing
 from dset_d2.visualization import (
     PALETTE,
+    captioned,
+    class_colours,
+    detection_picture,
     draw_experts,
     draw_kept,
     mean_statistics,
@@ -38,7 +43,7 @@ def test_padding_is_cut_off_before_cells_are_drawn():
     with forward_context(record=True) as context, torch.no_grad():
         model(make_inputs([(40, 160)]))
     image = np.full((40, 160, 3), 200, np.uint8)
-    drawn = sparsity_pictures(image, context.records)["kept_encoder_0"]
+    drawn = sparsity_pictures(image, context.records)["kept_encoder_0"][:40]
     kept = context.records["pruning/encoder_0"].kept_cells()[0].view(2, 5)
     assert kept.any() and not kept.all()
     rows = np.array([0] * 32 + [1] * 8)
@@ -60,9 +65,9 @@ def test_pictures_show_what_the_model_did():
     assert pictures.keys() == {"kept_encoder_0", "expert_encoder_0_0"}
     kept = records["pruning/encoder_0"].kept.index[0].tolist()
     assert len(kept) == 12
-    light = pictures["kept_encoder_0"][16::32, 16::32, 0].ravel() == 200
+    light = pictures["kept_encoder_0"][:128][16::32, 16::32, 0].ravel() == 200
     assert np.flatnonzero(light).tolist() == kept
-    shown = pictures["expert_encoder_0_0"][16::32, 16::32].reshape(-1, 3)
+    shown = pictures["expert_encoder_0_0"][:128][16::32, 16::32].reshape(-1, 3)
     first = records["moe/encoder_0_0"].routing.experts[:, 0].numpy()
     np.testing.assert_array_equal(shown[kept], 100 + PALETTE[first] // 2)
 
@@ -70,7 +75,7 @@ def test_pictures_show_what_the_model_did():
 def test_experts_are_drawn_on_all_tokens_if_pruning_follows_them():
     records, pictures = run("after")
     assert records["pruning/encoder_0"].kept.index.shape == (1, 12)
-    shown = pictures["expert_encoder_0_0"][16::32, 16::32].reshape(-1, 3)
+    shown = pictures["expert_encoder_0_0"][:128][16::32, 16::32].reshape(-1, 3)
     first = records["moe/encoder_0_0"].routing.experts[:, 0].numpy()
     np.testing.assert_array_equal(shown, 100 + PALETTE[first] // 2)
 
@@ -90,3 +95,45 @@ def test_load_and_coactivation_are_plotted():
     assert [bar.get_height() for bar in top.patches] == [0.5, 0.25, 0.25]
     expected = [[1, 0.5, 0.5], [0.5, 0.5, 0], [0.5, 0, 0.5]]
     np.testing.assert_allclose(bottom.images[0].get_array(), expected)
+    assert figure.axes[2].get_ylabel() == "share of tokens that use both"  # the scale of colours
+
+
+def colours_in(picture: np.ndarray) -> set[tuple[int, ...]]:
+    return set(map(tuple, picture.reshape(-1, 3).tolist()))
+
+
+@pytest.mark.parametrize("count", [1, 8, 10, 80])
+def test_classes_differ_in_colour(count):
+    assert len(np.unique(class_colours(count), axis=0)) == count
+
+
+def test_a_class_has_one_colour_in_boxes_and_legend():
+    names, colours = ["car", "bus", "van"], class_colours(3)
+    image = np.full((120, 300, 3), 40, np.uint8)
+    instances = Instances((120, 300))
+    instances.pred_boxes = Boxes(torch.tensor([[20.0, 20, 80, 90], [150, 20, 250, 90]]))
+    instances.scores, instances.pred_classes = torch.tensor([0.9, 0.2]), torch.tensor([1, 2])
+    truth = [{"bbox": [100, 10, 140, 60], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}]
+    truth.append(truth[0] | {"bbox": [200, 10, 240, 60], "category_id": 2, "iscrowd": 1})
+    picture = detection_picture(image, instances, truth, names)
+    assert picture.shape[1] == 600
+    left, right, legend = picture[:120, :300], picture[:120, 300:], picture[120:]
+    car, bus, van = map(tuple, colours.tolist())
+    assert {car, bus} <= colours_in(legend) and van not in colours_in(legend)
+
+    def near(colour, where):
+        return (np.abs(where.astype(int) - colour).max(-1) < 60).any()
+
+    assert near(car, left) and near(bus, right) and not near(car, right) and not near(bus, left)
+    alone = detection_picture(image, instances, None, names, threshold=0.95)
+    np.testing.assert_array_equal(alone, image)  # nothing to tell
+
+
+def test_captions_stand_below_in_as_many_lines_as_they_need():
+    captions = [("kept 50%", None), *((str(i), PALETTE[i]) for i in range(10))]
+    narrow, wide = (captioned(np.zeros((20, w, 3), np.uint8), captions) for w in (100, 700))
+    assert narrow.shape[0] > wide.shape[0] > 20
+    for picture in (narrow, wide):
+        assert not picture[:20].any() and {tuple(c) for c in PALETTE.tolist()} <= colours_in(
+            picture
+        )

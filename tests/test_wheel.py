@@ -12,14 +12,22 @@ import yaml
 
 import dset_d2
 
+from .test_cfgnode import YAML
 from .test_configs import CONFIGS, ROOT
 from .test_docs import TOOLS
 
 LOAD = """
 import sys, dset_d2
 print(dset_d2.__file__)
+from detectron2.config import get_cfg
+from dset_d2.config import find_config
 for path in sys.argv[1:]:
-    assert dset_d2.get_config(path).model, path
+    if path.endswith(".py"):
+        assert dset_d2.get_config(path).model, path
+    else:
+        cfg = get_cfg()
+        dset_d2.add_detr_config(cfg)
+        cfg.merge_from_file(str(find_config(path)))
 """
 TINY = [
     "model.encoder.hidden_dim=32",
@@ -63,7 +71,7 @@ def test_what_is_installed_works_far_from_the_checkout(tmp_path):
     }
     assert (site / "dset_d2" / "py.typed").is_file()
 
-    place = run(sys.executable, "-c", LOAD, *CONFIGS).strip()
+    place = run(sys.executable, "-c", LOAD, *CONFIGS, *YAML).strip()
     assert place == str(site / "dset_d2" / "__init__.py")
     script = str(site / "bin" / "dset_d2")
     assert TOOLS <= set(run(script).split())

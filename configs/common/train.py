@@ -24,10 +24,13 @@ train = dict(
     log_period=20,
     device="cuda" if torch.cuda.is_available() else "cpu",
     # Read by dset_d2.tools.lazyconfig_train_net only:
+    upcycling="auto",  # how experts start from init_checkpoint's FFNs: copies, split, auto or none
     resume_from="",  # a checkpoint to go on from, with its optimizer and its steps, in a new folder
     accumulate=1,  # parts of a batch that are computed in turn, to save memory
     lr_batch_size=0,  # batch that optimizer.lr is meant for: others scale it linearly; 0: none does
     ema=dict(enabled=True, decay=0.9999, warmup=2000),
     best_metric="bbox/AP",
+    validation_loss=False,  # whether each evaluation also logs losses on the test set
+    report=True,  # whether a finished run gets a report: report.md, .json and pictures
     early_stopping_patience=0,  # evaluations without a better best_metric; 0 never stops early
 )

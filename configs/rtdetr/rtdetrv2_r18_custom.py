@@ -1,15 +1,13 @@
-"""RT-DETRv2-R18 on your own data; when you run it, set num_classes and the paths of COCO-format
-files, or the names of registered data sets."""
+"""RT-DETRv2-R18 on your own data, whose paths or names you set when you run it."""
 
 from detectron2.config import LazyCall as L
 
-from dset_d2.data.coco import coco_dataset
 from dset_d2.engine.optimizer import flat_cosine
 
-from .rtdetrv2_r18_coco import dataloader, model, optimizer, train
+from ..common.custom_data import dataloader
+from .rtdetrv2_r18_coco import model, optimizer, train
 
-dataloader.train.dataset = L(coco_dataset)(names="custom_train", json_file="", image_root="")
-dataloader.test.dataset = L(coco_dataset)(names="custom_val", json_file="", image_root="")
+model.decoder.num_classes = None  # the data set's
 train.output_dir = "./output/rtdetrv2_r18_custom"
 train.epochs = 72
 dataloader.strong_augmentation_end = "${part_of_run:65,72}"

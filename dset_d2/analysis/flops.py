@@ -34,10 +34,10 @@ FREE = """
     masked_fill_ masked_scatter masked_select max_pool2d maximum mean meshgrid min minimum mish
     mish_ movedim mul mul_ ne neg new_ones new_tensor norm one_hot ones_like outer pad permute_
     pixel_shuffle pixel_unshuffle pow prelu prod rand randn reciprocal repeat repeat_interleave
-    reshape_as round rsqrt rsub scalar_tensor scatter scatter_ scatter_add scatter_add_ searchsorted
-    sigmoid sigmoid_ sign silu silu_ sin softmax softplus sort sqrt std sub sub_ sum take_along_dim
-    tanh tensor_split threshold tile topk tril triu unflatten unfold unsafe_chunk var view_as where
-    zero_ __or__ __xor__
+    reshape_as round rsqrt rsub scalar_tensor scatter scatter_ scatter_add scatter_add_
+    scatter_reduce searchsorted sigmoid sigmoid_ sign silu silu_ sin softmax softplus sort sqrt std
+    sub sub_ sum take_along_dim tanh tensor_split threshold tile topk tril triu unflatten unfold
+    unsafe_chunk var view_as where zero_ __or__ __xor__
 """.split()
 
 

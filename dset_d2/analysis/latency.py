@@ -47,7 +47,7 @@ def measure(
     if rounds < 1 or warmup < 0:
         raise ValueError(f"rounds={rounds} must be positive and warmup={warmup} not negative")
     times = np.empty((rounds, len(callables)))
-    for index in trange(-warmup, rounds, desc="timing", leave=False):
+    for index in trange(-warmup, rounds, desc="timing", leave=False, disable=None):
         for column, call in enumerate(callables.values()):
             start = synchronised_time()
             call()

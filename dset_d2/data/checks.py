@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 
+from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -14,6 +15,7 @@ from .reading import DataError, UnreadableImage, check_header, read_json
 
 logger = logging.getLogger(__name__)
 
+LOADERS = ("get_detection_dataset_dicts", "coco_dataset", "dair_v2x_dataset")
 EVALUATED = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")  # by pycocotools
 
 
@@ -24,7 +26,7 @@ def dataset_names(node: Mapping) -> list[str]:
     """
     while "dataset" in node:
         node = node["dataset"]
-    if target_name(node) not in ("get_detection_dataset_dicts", "coco_dataset"):
+    if target_name(node) not in LOADERS:
         return []
     names = node["names"]
     if not names:
@@ -78,6 +80,29 @@ def categories(name: str) -> list[str]:
     if not metadata.get("thing_classes"):
         raise DataError(f"data set {name!r} has no categories: its metadata lack thing_classes")
     return list(metadata.thing_classes)
+
+
+def count_classes(*datasets: Mapping) -> int:
+    """The number of categories of the first of a config's ``dataset`` nodes that names data.
+
+    Raises:
+        ValueError: if none does, or if it cannot be read; says why.
+    """
+    node = next(filter(names_data, datasets), datasets[0])
+    names = dataset_names(node)
+    if not names:
+        raise DataError(f"{target_name(node)!r} does not tell its categories")
+    files = {key: node.get(key) for key in ("json_file", "image_root")}
+    known = MetadataCatalog.get(names[0]).get("files") == files
+    if not known and (node.get("json_file") or not names_data(node)):
+        instantiate(node)  # registers the file's categories, or says what is missing
+    return len(categories(names[0]))
+
+
+def names_data(node: Mapping) -> bool:
+    """Whether a config's ``dataset`` names a file, or a data set that is registered."""
+    names = dataset_names(node)
+    return bool(names) and (bool(node.get("json_file")) or names[0] in DatasetCatalog)
 
 
 def check_coco_file(path: str) -> None:

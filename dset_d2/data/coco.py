@@ -1,13 +1,20 @@
-"""COCO-format annotation files as data sets that a config or a command line can name."""
+"""COCO-format annotation files as data sets that a config or a command line can name; and what
+other formats share on their way to them."""
 
+import logging
+import os
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import load_coco_json
 
 from ..config import nearest
 from .reading import DataError
+
+logger = logging.getLogger(__name__)
 
 
 def coco_dataset(
@@ -52,3 +59,57 @@ def coco_dataset(
     if not complete and metadata.get("json_file") == json_file:
         del metadata.json_file  # COCOEvaluator then writes a file of its own from the dataset dicts
     return dataset
+
+
+def clip_box(box: list[float], size: tuple[int, int], counts: Counter) -> list[float] | None:
+    """The box x1 y1 x2 y2 inside of an image, or None if less than a pixel's side is left.
+
+    Args:
+        size: (height, width) of the image.
+        counts: gets ``clipped`` and ``dropped`` boxes added.
+    """
+    height, width = size
+    clipped = [min(max(v, 0.0), limit) for v, limit in zip(box, (width, height) * 2)]
+    if clipped[2] - clipped[0] < 1 or clipped[3] - clipped[1] < 1:
+        counts["dropped"] += 1
+        return None
+    # Less is rounding.
+    counts["clipped"] += any(abs(new - old) > 0.5 for new, old in zip(clipped, box))
+    return clipped
+
+
+def log_counts(what: str, counts: Counter) -> str:
+    """Log what was met in reading a data set, as a warning if it is unusual; returns it."""
+    summary = ", ".join(f"{value} {key}" for key, value in sorted(counts.items()) if value)
+    unusual = {key for key, value in counts.items() if value} - {"ignored"}
+    log = logger.warning if unusual else logger.info
+    log("%s; %s", what, summary or "nothing unusual")
+    return summary
+
+
+def to_coco(dataset: list[dict], classes: Sequence[str], root: str | Path) -> dict:
+    """COCO annotation content of dataset dicts; ids follow from the dicts' order alone.
+
+    Category ids start at 1, in the order of ``classes``; file names are relative to ``root``.
+    """
+    images, annotations = [], []
+    for dataset_dict in dataset:
+        file_name = os.path.relpath(dataset_dict["file_name"], root)
+        size = {key: dataset_dict[key] for key in ("height", "width")}
+        images.append({"id": dataset_dict["image_id"], "file_name": file_name, **size})
+        for annotation in dataset_dict["annotations"]:
+            x, y, x2, y2 = annotation["bbox"]
+            states = {k: v for k, v in annotation.items() if k.endswith("_state")}
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": dataset_dict["image_id"],
+                    "category_id": annotation["category_id"] + 1,
+                    "bbox": [x, y, x2 - x, y2 - y],
+                    "area": (x2 - x) * (y2 - y),
+                    "iscrowd": annotation["iscrowd"],
+                    **states,
+                }
+            )
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(classes)]
+    return {"images": images, "annotations": annotations, "categories": categories}

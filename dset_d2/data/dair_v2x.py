@@ -15,22 +15,24 @@ data set                       folder                                  split fil
 
 Split files are ``split_datas/<name>-split-data.json``, as in the official repository. Nothing is
 read before a data set is used. Each is also registered with ten classes as ``..._10cls``.
+
+:func:`dair_v2x_dataset` reads them from any other folder, also sides of images and labels alone
+(``vehicle-side/{image,label}/000001.*``).
 """
 
-import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.structures import BoxMode
 
+from ..config import nearest
+from .coco import clip_box, log_counts
 from .reading import DataError, image_size, read_json
-
-logger = logging.getLogger(__name__)
 
 CLASSES_8 = (
     "Car",
@@ -139,7 +141,7 @@ def read_label(
             categories = [ids[kind]]
         else:
             raise DataError(f"{where}: unknown type {entry.get('type')!r}")
-        box = clip_box(entry["2d_box"], size, where, counts)
+        box = clip_box(read_box(entry["2d_box"], where), size, counts)
         if box is None:
             continue
         counts["ignored"] += kind in IGNORED
@@ -151,16 +153,8 @@ def read_label(
     return annotations
 
 
-def clip_box(entry: dict, size: tuple[int, int], where: str, counts: Counter) -> list[float] | None:
-    """The box inside of the image, or None if less than a pixel's width or height is left."""
-    height, width = size
-    box = [number(entry, key, where) for key in ("xmin", "ymin", "xmax", "ymax")]
-    clipped = [min(max(v, 0.0), limit) for v, limit in zip(box, (width, height) * 2)]
-    if clipped[2] - clipped[0] < 1 or clipped[3] - clipped[1] < 1:
-        counts["dropped"] += 1
-        return None
-    counts["clipped"] += clipped != box
-    return clipped
+def read_box(entry: dict, where: str) -> list[float]:
+    return [number(entry, key, where) for key in ("xmin", "ymin", "xmax", "ymax")]
 
 
 def read_split(path: Path, keys: tuple[str, ...], split: str) -> set[str]:
@@ -180,11 +174,27 @@ def unpadded(stem: str | int) -> str:
     return str(stem).lstrip("0") or "0"
 
 
-def wanted_entries(info: Path, wanted: set[str]) -> Iterator[tuple[str, dict]]:
+def side_entries(side: Path, roots: list[Path]) -> tuple[Path, list]:
+    """A side's entries, and where they are from: its ``data_info.json``, or else its images."""
+    info = side / "data_info.json"
+    if info.is_file():
+        return info, read_json(info, list)
+    for folder in (place for root in roots for place in (root / "image", root)):
+        names = sorted(path.name for path in folder.glob("*") if path.suffix in (".jpg", ".png"))
+        if names:
+            return folder, [{"image_path": f"image/{name}"} for name in names]
+    raise DataError(f"{side}: neither data_info.json nor images in any of {listed(roots)}")
+
+
+def listed(paths: list[Path]) -> str:
+    return ", ".join(map(str, paths))
+
+
+def wanted_entries(source: Path, entries: list, wanted: set[str]) -> Iterator[tuple[str, dict]]:
     """The entries of a split's images, each once, after what names them in messages."""
     seen = {}
-    for index, entry in enumerate(read_json(info, list)):
-        where = f"{info}: entry {index}"
+    for index, entry in enumerate(entries):
+        where = f"{source}: entry {index}"
         relative = path_in(entry, "image_path", where) if isinstance(entry, dict) else ""
         if not relative:
             raise DataError(f"{where}: no 'image_path'")
@@ -214,7 +224,8 @@ def path_in(entry: dict, key: str, where: str) -> str:
 def label_paths(root: Path, entry: dict, stem: str, where: str) -> list[Path]:
     """Where the camera labels may be; the official code and its README name the key differently."""
     named = [path_in(entry, key, where) for key in ("label_camera_std_path", "label_camera_path")]
-    return [root / path for path in (*named, f"label/camera/{stem}.json") if path]
+    usual = [f"label/camera/{stem}.json", f"label/{stem}.json"]
+    return [root / path for path in (*named, *usual) if path]
 
 
 def side_folders(root: Path) -> list[Path]:
@@ -224,13 +235,16 @@ def side_folders(root: Path) -> list[Path]:
 
 
 def unpacked_side(root: Path) -> Path | None:
-    return next((f for f in side_folders(root) if (f / "data_info.json").is_file()), None)
+    places = [
+        folder / name for name in ("data_info.json", "label") for folder in side_folders(root)
+    ]
+    return next((place.parent for place in places if place.exists()), None)
 
 
-def no_side(roots: list[Path]) -> DataError:
-    places = ", ".join(str(folder) for root in roots for folder in side_folders(root))
+def no_side(places: list[Path]) -> DataError:
     return DataError(
-        f"no data_info.json in any of {places}; set DETECTRON2_DATASETS to where dair-v2x is"
+        f"no data_info.json or label in any of {listed(places)}; set DETECTRON2_DATASETS to where "
+        f"dair-v2x is, or the data set's root to its folder"
     )
 
 
@@ -270,7 +284,7 @@ def load_dair_v2x(
     and counted in one warning, as are clipped and dropped boxes.
 
     Args:
-        root: a side's folder, with ``data_info.json``.
+        root: a side's folder, with ``data_info.json`` or, without one, ``image`` and ``label``.
         split_file: the official split file.
         split: "train", "val" or "test".
         split_keys: where the split lies inside of the file.
@@ -290,12 +304,12 @@ def load_dair_v2x(
     counts = Counter({"missing images": len(wanted)})
     absent = ""
     dataset = []
-    for where, entry in wanted_entries(side / "data_info.json", wanted):
+    for where, entry in wanted_entries(*side_entries(side, roots), wanted):
         relative = entry["image_path"]
         stem = Path(relative).stem
         image = find_image(roots, relative)
         if image is None:
-            absent = absent or f"; no {relative} in any of {', '.join(map(str, places))}"
+            absent = absent or f"; no {relative} in any of {listed(places)}"
             continue
         counts["missing images"] -= 1
         paths = label_paths(side, entry, stem, where)
@@ -315,10 +329,7 @@ def load_dair_v2x(
                 "annotations": annotations,
             }
         )
-    summary = ", ".join(f"{value} {key}" for key, value in sorted(counts.items()) if value)
-    unusual = {key for key, value in counts.items() if value} - {"ignored"}
-    log = logger.warning if unusual else logger.info
-    log("%s %s: %d images; %s", root, split, len(dataset), summary or "nothing unusual")
+    summary = log_counts(f"{root} {split}: {len(dataset)} images", counts)
     if not dataset:
         raise DataError(
             f"{root}: nothing of split {split!r} of {split_file} is usable: {summary}{absent}"
@@ -326,53 +337,79 @@ def load_dair_v2x(
     return dataset
 
 
-def to_coco(dataset: list[dict], classes: tuple[str, ...], root: str | Path) -> dict:
-    """COCO annotation content of dataset dicts; ids follow from the dicts' order alone.
+def load_registered(
+    side: str, split: str, classes: tuple[str, ...], root: str = "", split_file: str = ""
+) -> list[dict]:
+    """Load from ``root``, or from where ``$DETECTRON2_DATASETS`` points now.
 
-    Category ids start at 1, in the order of ``classes``; file names are relative to ``root``.
+    Args:
+        root: folder of the data set, in the official layout or with ``infrastructure-side`` and
+            ``vehicle-side`` in it, the folder above it, or that of the side.
+        split_file: by default it is looked for beside the sides and in ``split_datas``.
     """
-    images, annotations = [], []
-    for dataset_dict in dataset:
-        file_name = os.path.relpath(dataset_dict["file_name"], root)
-        size = {key: dataset_dict[key] for key in ("height", "width")}
-        images.append({"id": dataset_dict["image_id"], "file_name": file_name, **size})
-        for annotation in dataset_dict["annotations"]:
-            x, y, x2, y2 = annotation["bbox"]
-            states = {k: v for k, v in annotation.items() if k.endswith("_state")}
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": dataset_dict["image_id"],
-                    "category_id": annotation["category_id"] + 1,
-                    "bbox": [x, y, x2 - x, y2 - y],
-                    "area": (x2 - x) * (y2 - y),
-                    "iscrowd": annotation["iscrowd"],
-                    **states,
-                }
-            )
-    categories = [{"id": i + 1, "name": name} for i, name in enumerate(classes)]
-    return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def load_registered(side: str, split: str, classes: tuple[str, ...]) -> list[dict]:
-    """Load by the official layout, from where ``$DETECTRON2_DATASETS`` points now."""
-    home = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
-    bases = [home / "dair-v2x", home]  # many set it to dair-v2x itself
+    home = Path(root or os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
     folder, split_name, keys = SIDES[side]
-    base = next((base for base in bases if unpacked_side(base / folder)), None)
-    if base is None:
-        raise no_side([base / folder for base in bases])
-    split_file = base / "split_datas" / f"{split_name}-split-data.json"
-    return load_dair_v2x(base / folder, split_file, split, keys, classes)
+    bases = [home / "dair-v2x", home]  # many set it to dair-v2x itself
+    short = Path(folder).name.removeprefix("single-")
+    others = [base / short for base in bases] + ([home] if root else [])
+    places = [base / folder for base in bases] + [p for p in others if may_be(p, side)]
+    place = next((place for place in places if unpacked_side(place)), None)
+    if place is None:
+        raise no_side(places)
+    if not split_file:
+        name = f"{split_name}-split-data.json"
+        above = dict.fromkeys((*bases, *place.parents[:2]))
+        files = [base / folder / name for base in above for folder in ("split_datas", "")]
+        split_file = next((file for file in files if file.is_file()), None)
+        if split_file is None:
+            raise DataError(f"{place}: none of {listed(files)} is there; set split_file to it")
+    return load_dair_v2x(place, split_file, split, keys, classes)
+
+
+def may_be(folder: Path, side: str) -> bool:
+    """Whether a folder's name allows that side; the ids of one are other images in another."""
+    folder = folder.resolve()
+    other = "vehicle" if side.endswith("i") else "infrastructure"
+    cooperative = folder.parent.name.startswith("cooperative")
+    return other not in folder.name and (not cooperative or side.startswith("c_"))
+
+
+def dair_v2x_dataset(
+    names: str | Sequence[str], root: str = "", split_file: str = ""
+) -> list[dict]:
+    """Load registered data sets; those of DAIR-V2X from a folder of your choice.
+
+    Until the next call their names stand for what is there, also for evaluators.
+
+    Args:
+        names: such as "dair_v2x_c_v_train", which tells the side and the split.
+        root, split_file: see :func:`load_registered`.
+
+    Raises:
+        DataError: if a folder or file is given for a name that is none of DAIR-V2X.
+    """
+    for name in [names] if isinstance(names, str) else names:
+        if name in REGISTERED:
+            DatasetCatalog[name] = partial(REGISTERED[name], root=root, split_file=split_file)
+        elif root or split_file:
+            close = nearest(name, REGISTERED)
+            raise DataError(f"root={root!r}: {name!r} is no data set of DAIR-V2X{close}")
+    return get_detection_dataset_dicts(names, filter_empty=False)
+
+
+REGISTERED = {
+    f"dair_v2x_{side}_{split}{suffix}": partial(load_registered, side, split, classes)
+    for side in SIDES
+    for split in SPLITS
+    for classes, suffix in ((CLASSES_8, ""), (CLASSES_10, "_10cls"))
+}
 
 
 def register_all() -> None:
-    for side in SIDES:
-        for split in SPLITS:
-            for classes, suffix in ((CLASSES_8, ""), (CLASSES_10, "_10cls")):
-                name = f"dair_v2x_{side}_{split}{suffix}"
-                DatasetCatalog.register(name, partial(load_registered, side, split, classes))
-                MetadataCatalog.get(name).set(thing_classes=list(classes), evaluator_type="coco")
+    for name, load in REGISTERED.items():
+        DatasetCatalog.register(name, load)
+        classes = list(load.args[-1])
+        MetadataCatalog.get(name).set(thing_classes=classes, evaluator_type="coco")
 
 
 register_all()

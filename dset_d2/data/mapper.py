@@ -7,12 +7,23 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from detectron2.config import configurable
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 
+from ..arguments import arguments, build
+from ..modeling.layers import check_choice
+from .augmentation import RandomIoUCrop, RandomPhotometric, RandomZoomOut, UntilStep
 from .reading import DataError, UnreadableImage, read_image
 
 logger = logging.getLogger(__name__)
+
+# By Detectron2's values of INPUT.RANDOM_FLIP.
+FLIPS = {
+    "none": [],
+    "horizontal": [T.RandomFlip()],
+    "vertical": [T.RandomFlip(horizontal=False, vertical=True)],
+}
 
 
 class Picture(NamedTuple):
@@ -72,6 +83,7 @@ class DETRMapper:
             fails since Python 3.11.)
     """
 
+    @configurable
     def __init__(
         self,
         is_train: bool,
@@ -87,6 +99,27 @@ class DETRMapper:
         self.skip_unreadable = skip_unreadable
         self.skipped = 0
         self.readable: dict | None = None  # the last dataset dict whose image was
+
+    @classmethod
+    def from_config(cls, cfg, is_train: bool = True) -> dict:
+        size = cfg.INPUT.IMAGE_SIZE
+        if len(size) != 2:
+            raise ValueError(f"INPUT.IMAGE_SIZE={list(size)} must be a height and a width")
+        resize = T.Resize(size)
+        if not is_train:
+            return {"is_train": False, "augmentations": [resize]}
+        end, flip = cfg.INPUT.STRONG_AUGMENTATION_END, cfg.INPUT.RANDOM_FLIP
+        check_choice("INPUT.RANDOM_FLIP", flip, FLIPS)
+        return arguments(cls, cfg, "INPUT") | {
+            "is_train": True,
+            "augmentations": [
+                UntilStep(build(RandomPhotometric, cfg, "INPUT.RANDOM_PHOTOMETRIC"), end),
+                UntilStep(build(RandomZoomOut, cfg, "INPUT.RANDOM_ZOOM_OUT"), end, on_mosaic=False),
+                UntilStep(build(RandomIoUCrop, cfg, "INPUT.RANDOM_IOU_CROP"), end, on_mosaic=False),
+                *FLIPS[flip],
+                resize,
+            ],
+        }
 
     def __call__(self, dataset_dict: dict) -> dict:
         """Adds ``image`` (3, H, W) uint8 RGB and, in training, ``instances``."""

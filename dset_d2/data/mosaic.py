@@ -1,11 +1,8 @@
 """Mosaic and mixup: training images that are made of several images of the data set.
 
 Detectron2's mapper is given one dataset dict at a time. Here the data set draws further ones, and
-``DETRMapper``, which alone reads files, puts them together before its own augmentations::
-
-    dataloader.train.dataset = L(Mosaic)(
-        dataset=dataloader.train.dataset, prob=0.5, end="${dataloader.strong_augmentation_end}"
-    )
+``DETRMapper``, which alone reads files, puts them together before its own augmentations. Configs
+switch it on by ``dataloader.mosaic.prob`` and ``dataloader.mosaic.mixup_prob``.
 
 ``UntilStep(..., on_mosaic=False)`` leaves such images out of an augmentation.
 """
@@ -15,10 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from detectron2.config import configurable
 from detectron2.data import DatasetFromList
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
+from ..arguments import arguments
 from ..clock import shared_step
 from .mapper import Picture
 
@@ -128,6 +127,7 @@ class Mosaic(Dataset):
         min_side: a box is dropped if a side of what is left is shorter, in pixels of the result.
     """
 
+    @configurable
     def __init__(
         self,
         dataset: list[dict] | Dataset,
@@ -165,6 +165,11 @@ class Mosaic(Dataset):
         self.min_side = min_side
         # Kept on the instance, so that a worker started by spawning gets the shared counter.
         self.step = shared_step
+
+    @classmethod
+    def from_config(cls, cfg, dataset: list[dict] | Dataset) -> dict:
+        told = {"dataset": dataset, "end": cfg.INPUT.STRONG_AUGMENTATION_END}
+        return arguments(cls, cfg, "INPUT.MOSAIC") | told
 
     def __len__(self) -> int:
         return len(self.dataset)

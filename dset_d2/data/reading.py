@@ -74,6 +74,13 @@ def image_size(path: str | Path) -> tuple[int, int]:
         return _size(image)
 
 
+def upright_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) of the image turned as its EXIF data say, from the file's header."""
+    with _opened(path) as image:
+        size = _size(image)
+        return size[::-1] if _orientation(image) in SIDEWAYS else size
+
+
 def check_header(path: str | Path, size: tuple[int, int] | None) -> None:
     """Raise what :func:`read_image` would raise for what a file's header tells."""
     with _opened(path) as image:

@@ -16,16 +16,19 @@ logger = logging.getLogger(__name__)
 CONFIG, LAST = "config.yaml", "last_checkpoint"
 WEIGHTS = re.compile(r"model_(\d{7}|best|final)\.pth(\.tmp)?")
 
+REPORTED = re.compile(r"report_\w+\.(png|jpg)")
+
 
 def written(folder: Path) -> list[Path]:
     """The files of a run, by names that nothing else should have; the log goes on."""
-    names = (CONFIG, LAST, "metrics.json")
+    names = (CONFIG, LAST, "metrics.json", "report.md", "report.json")
     return [
         path
         for path in folder.glob("*")
         if path.name in names
         or WEIGHTS.fullmatch(path.name)
         or path.name.startswith("events.out.tfevents.")
+        or REPORTED.fullmatch(path.name)
     ]
 
 

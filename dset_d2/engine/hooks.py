@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ..config import nearest
 from ..data.mapper import read_picture
 from ..modeling import forward_context
 from ..visualization import (
+    detection_picture,
     mean_statistics,
     plot_routing,
     rendered,
@@ -26,6 +28,7 @@ from ..visualization import (
     sparsity_pictures,
 )
 from .checkpointer import AtomicCheckpointer
+from .console import loss_text, sums_by_kind
 from .ema import ModelEMA
 
 logger = logging.getLogger(__name__)
@@ -71,19 +74,29 @@ class EpochReporter(HookBase):
             logger.info("Epoch %d of %g is done", int(done), round(total, 2))
 
 
-class SparsityPictures(HookBase):
-    """Shows in TensorBoard, every ``period`` steps, what a sparse model does with one image.
+class Pictures(HookBase):
+    """Shows in TensorBoard, every ``period`` steps, what a model finds in one image, and what its
+    sparse parts do with it.
 
     Args:
         dataset_dict: of the image.
         mapper: makes it the model's input.
+        classes: their names.
     """
 
-    def __init__(self, period: int, model: nn.Module, dataset_dict: dict, mapper: Callable) -> None:
+    def __init__(
+        self,
+        period: int,
+        model: nn.Module,
+        dataset_dict: dict,
+        mapper: Callable,
+        classes: Sequence[str],
+    ) -> None:
         self.period = period
         self.model = model
         self.dataset_dict = dataset_dict
         self.mapper = mapper
+        self.classes = classes
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -91,9 +104,12 @@ class SparsityPictures(HookBase):
             return
         self.model.eval()
         with forward_context(record=True) as context:
-            self.model([self.mapper(self.dataset_dict)])
+            instances = self.model([self.mapper(self.dataset_dict)])[0]["instances"]
         self.model.train()
-        pictures = sparsity_pictures(read_picture(self.dataset_dict).image, context.records)
+        image = read_picture(self.dataset_dict).image
+        annotations = self.dataset_dict.get("annotations")
+        pictures = sparsity_pictures(image, context.records)
+        pictures["detections"] = detection_picture(image, instances, annotations, self.classes)
         if routing := routing_records(context.records):
             statistics = mean_statistics({place: [x] for place, x in routing.items()})
             pictures["experts"] = rendered(plot_routing(statistics))
@@ -179,6 +195,29 @@ class Evaluation(HookBase):
         comm.synchronize()
 
 
+class ValidationLoss(HookBase):
+    """Logs, whenever an evaluation is due, losses on images that the model is not trained on.
+
+    Args:
+        losses: returns ``total_loss`` and the losses that make it up, on the main process at least.
+    """
+
+    def __init__(self, period: int, losses: Callable[[], dict[str, float]]) -> None:
+        self.period = period
+        self.losses = losses
+
+    def after_step(self) -> None:
+        if not is_due(self.trainer, self.period):
+            return
+        losses = self.losses()
+        if comm.is_main_process():
+            total = losses.pop("total_loss")
+            kinds = sums_by_kind(losses)
+            values = {f"validation/{name}": x for name, x in {"total_loss": total, **kinds}.items()}
+            self.trainer.storage.put_scalars(**values, smoothing_hint=False)
+            logger.info("validation: %s", loss_text(total, kinds))
+
+
 def no_metric(metric: str, known: Iterable[str]) -> str:
     return f"train.best_metric={metric!r} is no metric{nearest(metric, known)}"
 
@@ -225,7 +264,8 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
     def __init__(
         self, checkpointer: AtomicCheckpointer, period: int, max_to_keep: int | None = None
     ) -> None:
-        super().__init__(checkpointer, period)
+        # fvcore's divides by the period; 0 saves after the last step alone, as evaluations do.
+        super().__init__(checkpointer, period if period > 0 else sys.maxsize)
         self.keep = max_to_keep
 
     def before_train(self) -> None:

@@ -2,17 +2,21 @@
 
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.solver import WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import LinearParamScheduler, ParamScheduler
 from torch import nn
 
+from ..arguments import arguments, naming_keys
 from ..clock import begin_training
-from ..modeling import MetaArch
+from ..modeling import FreezeConfig, MetaArch
+from ..modeling.backbone.base import PretrainedBackbone
 from ..modeling.freezing import drop_dormant_gradients
 
 # Vectors and tokens that are decayed as little as biases and norms, by their last names.
@@ -77,7 +81,7 @@ def parameter_groups(
     for rule in (rules or {}).values():
         for name, factor in RateRule(**rule).factors(factors).items():
             factors[name] *= factor
-    return get_default_optimizer_params(
+    groups = get_default_optimizer_params(
         model,
         base_lr=base_lr,
         weight_decay=weight_decay,
@@ -87,6 +91,17 @@ def parameter_groups(
         lr_factor_func=lambda name: factors[name.removeprefix(".")],
         overrides={name: {"weight_decay": 0.0} for name in NO_DECAY},
     )
+    backbone = getattr(model, "backbone", None)
+    if isinstance(backbone, PretrainedBackbone) and is_slower(backbone, groups):
+        backbone.fine_tuned = True
+    return groups
+
+
+def is_slower(part: nn.Module, groups: list[dict]) -> bool:
+    """Whether a part of a model has parameters of a lower rate than the model's highest."""
+    highest = max((group["lr"] for group in groups), default=0.0)
+    slow = {id(p) for group in groups if group["lr"] < highest for p in group["params"]}
+    return any(id(parameter) in slow for parameter in part.parameters())
 
 
 def build_adamw(
@@ -117,6 +132,14 @@ def build_adamw(
 
     optimizer.register_step_pre_hook(prepare)
     return optimizer
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
+    """:func:`build_adamw` by a ``CfgNode``'s ``SOLVER``, for Detectron2's ``DefaultTrainer``."""
+    solver = cfg.SOLVER
+    with naming_keys(cfg, "SOLVER"):
+        groups = parameter_groups(model, solver.BASE_LR, solver.WEIGHT_DECAY, solver.RULES)
+        return build_adamw(groups, solver.BASE_LR, **arguments(build_adamw, cfg, "SOLVER"))
 
 
 def warmed_up(schedule: ParamScheduler, max_iter: int, warmup_iters: int) -> ParamScheduler:
@@ -167,3 +190,30 @@ def flat_cosine(
         final: share of the run at its end with the last rate: its epochs without augmentation.
     """
     return warmed_up(FlatCosine(flat, floor, final), max_iter, warmup_iters)
+
+
+class UnfreezingDrops(ParamScheduler):
+    """A schedule whose rates also drop whenever another block of a frozen ViT begins to be trained.
+
+    Args:
+        schedule: of the rates without the drops.
+        freeze: says when the blocks begin; those that begin together make one drop. None: no drop.
+        last: the rates behind the last drop relative to those without any; all drops are equal.
+    """
+
+    def __init__(
+        self,
+        schedule: ParamScheduler,
+        max_iter: int,
+        freeze: FreezeConfig | None,
+        last: float = 0.1,
+    ) -> None:
+        if not 0 < last <= 1:
+            raise ValueError(f"last={last} must lie in (0, 1]")
+        self.schedule, self.max_iter, self.last = schedule, max_iter, last
+        self.steps = sorted(set(freeze.block_steps())) if freeze else []
+
+    def __call__(self, where: float) -> float:
+        """The rate after the share ``where`` of the run, relative to the first."""
+        done = bisect_right(self.steps, round(where * self.max_iter))
+        return self.schedule(where) * self.last ** (done / max(1, len(self.steps)))

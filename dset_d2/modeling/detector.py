@@ -9,6 +9,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
+from ..arguments import arguments, naming_keys
 from .context import Knobs
 from .encoder import Encoded
 from .layers import check_choice
@@ -71,15 +72,15 @@ class DETRDetector(MetaArch):
 
     @classmethod
     def from_config(cls, cfg) -> dict:
-        backbone = build_backbone(cfg)
+        keys = cfg.MODEL.BACKBONE.NAME.upper()  # of a backbone of this project
+        with naming_keys(cfg, f"MODEL.{keys if keys in cfg.MODEL else 'BACKBONE'}"):
+            backbone = build_backbone(cfg)
         decoder = build_decoder(cfg)
-        return {
+        return arguments(cls, cfg, "MODEL") | {
             "backbone": backbone,
             "encoder": build_encoder(cfg, backbone.output_shape()),
             "decoder": decoder,
-            "criterion": build_criterion(cfg, decoder.criterion),
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "criterion": build_criterion(cfg, decoder),
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
         }
 

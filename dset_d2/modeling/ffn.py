@@ -31,7 +31,7 @@ def make_ffn(
     """A layer's FFN: dense, or experts in its place."""
     if moe is None:
         return FFN(dim, dim_feedforward, act, dropout)
-    return MoE(moe, dim, dim_feedforward, act)
+    return MoE(moe, dim, dim_feedforward, act, dropout)
 
 
 class Seam(NamedTuple):
@@ -43,6 +43,7 @@ class Seam(NamedTuple):
         bypassed: further attributes that make up the FFN, with what makes each do nothing.
         linear1, linear2: the layers.
         activation: between them.
+        dropout: probability that a hidden unit is left out in training.
     """
 
     block: nn.Module
@@ -51,6 +52,7 @@ class Seam(NamedTuple):
     linear1: nn.Linear
     linear2: nn.Linear
     activation: nn.Module
+    dropout: float
 
     def replace(self, module: nn.Module) -> dict[str, object]:
         """Let the block call ``module`` (..., dim) -> (..., dim); returns what :meth:`put` takes.
@@ -81,14 +83,16 @@ def find_ffn(block: nn.Module) -> Seam | None:
     children = dict(block.named_children())
     match children:
         case {"ffn": FFN() as ffn}:
-            return Seam(block, "ffn", {}, ffn.linear1, ffn.linear2, ffn.activation)
+            p = ffn.dropout.p
+            return Seam(block, "ffn", {}, ffn.linear1, ffn.linear2, ffn.activation, p)
         case {"mlp": Mlp(norm=nn.Identity()) as mlp}:
-            return Seam(block, "mlp", {}, mlp.fc1, mlp.fc2, mlp.act)
+            return Seam(block, "mlp", {}, mlp.fc1, mlp.fc2, mlp.act, mlp.drop1.p)
         case {"fc1": nn.Linear() as fc1, "fc2": nn.Linear() as fc2}:
             for name in ("activation_fn", "activation"):
                 if name in children:
                     bypassed = {name: nn.Identity(), "fc2": nn.Identity()}
-                    if hasattr(block, "activation_dropout"):
+                    p = getattr(block, "activation_dropout", None)
+                    if p is not None:
                         bypassed["activation_dropout"] = 0.0
-                    return Seam(block, "fc1", bypassed, fc1, fc2, children[name])
+                    return Seam(block, "fc1", bypassed, fc1, fc2, children[name], p or 0.0)
     return None

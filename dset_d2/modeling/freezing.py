@@ -23,19 +23,32 @@ class FreezeConfig:
     """Which part of a ViT is trained, and when; the rest never is.
 
     Args:
-        unfreeze_step: training step from which the last blocks and the final norm are trained;
+        unfreeze_step: training step from which the last block and the final norm are trained;
             None for never.
-        unfreeze_blocks: how many blocks.
+        unfreeze_blocks: how many of the last blocks are trained in the end.
+        unfreeze_every: steps until the next block below is trained, too; 0 for all at once.
     """
 
     unfreeze_step: int | None = None
     unfreeze_blocks: int = 4
+    unfreeze_every: int = 0
 
     def __post_init__(self) -> None:
         if self.unfreeze_step is not None and self.unfreeze_step < 0:
             raise ValueError(f"unfreeze_step={self.unfreeze_step} must not be negative")
         if self.unfreeze_blocks < 1:
             raise ValueError(f"unfreeze_blocks={self.unfreeze_blocks} must be at least 1")
+        if self.unfreeze_every < 0:
+            raise ValueError(f"unfreeze_every={self.unfreeze_every} must not be negative")
+
+    def block_steps(self) -> list[int]:
+        """The training steps from which blocks are trained: the last block's, then downwards."""
+        if self.unfreeze_step is None:
+            return []
+        return [
+            self.unfreeze_step + index * self.unfreeze_every
+            for index in range(self.unfreeze_blocks)
+        ]
 
 
 class Phases:
@@ -51,7 +64,7 @@ class Phases:
         self.blocks = vit.blocks
         self.config = config
         self.first_lora = first_lora
-        self.late: list[nn.Module] = []  # what is trained from some step on
+        self.late: list[tuple[int, nn.Module]] = []  # what is trained from which step on
         if config is None:
             return
         if config.unfreeze_blocks > len(vit.blocks):
@@ -59,43 +72,51 @@ class Phases:
                 f"unfreeze_blocks={config.unfreeze_blocks} exceeds the {len(vit.blocks)} blocks"
             )
         if config.unfreeze_step is not None:
-            self.late = [*vit.blocks[-config.unfreeze_blocks :], vit.norm]
-        later = {id(parameter) for parameter in self.late_parameters()}
+            self.late = [(config.unfreeze_step, vit.norm)]
+            self.late += zip(config.block_steps(), reversed(vit.blocks))
+        vit.requires_grad_(False)
+        for _, part in self.late:
+            part.requires_grad_(True)
         for name, parameter in vit.named_parameters():
-            parameter.requires_grad = id(parameter) in later or is_lora(name)
-
-    def late_parameters(self) -> list[nn.Parameter]:
-        """Those that are dormant at first; low-rank updates never are."""
-        named = (pair for part in self.late for pair in part.named_parameters())
-        return [parameter for name, parameter in named if not is_lora(name)]
+            if is_lora(name):
+                parameter.requires_grad = True
 
     def unfrozen(self, step: int | None) -> bool:
-        """Whether the last blocks are trained; outside of training steps (None) they are not."""
-        if self.config is None:
-            return True
-        start = self.config.unfreeze_step
-        return start is not None and step is not None and step >= start
+        """Whether the norm and blocks are trained; outside of training steps (None) none are."""
+        return self.config is None or any(begun(start, step) for start, _ in self.late)
 
     def begin_step(self, step: int | None) -> None:
         """Follow the training step."""
-        unfrozen = self.unfrozen(step)
-        for part in self.late:
-            part.train(unfrozen)
-        for parameter in self.late_parameters():
-            parameter.dormant = not unfrozen
+        for start, part in self.late:
+            part.train(begun(start, step))
+            for name, parameter in part.named_parameters():
+                parameter.dormant = not begun(start, step) and not is_lora(name)
+
+    def dormant_parameters(self) -> list[nn.Parameter]:
+        """Those that are trained from a later step on; low-rank updates are from the first."""
+        late = (parameter for _, part in self.late for parameter in part.parameters())
+        return [parameter for parameter in late if is_dormant(parameter)]
 
     def first_trained(self, step: int | None) -> int:
         """Index of the first block that gradients flow through; -1 if they go beyond."""
         if self.config is None:
             return -1
-        count = self.config.unfreeze_blocks if self.unfrozen(step) else 0
+        count = sum(begun(start, step) for start in self.config.block_steps())
         return min(len(self.blocks) - count, self.first_lora)
+
+
+def begun(start: int, step: int | None) -> bool:
+    return step is not None and step >= start
+
+
+def is_dormant(parameter: nn.Parameter) -> bool:
+    return getattr(parameter, "dormant", False)
 
 
 def drop_dormant_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Take the gradients of dormant parameters away."""
     for parameter in parameters:
-        if getattr(parameter, "dormant", False):
+        if is_dormant(parameter):
             parameter.grad = None
 
 

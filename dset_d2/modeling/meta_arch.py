@@ -2,6 +2,7 @@
 its clock, the log of sparse parts."""
 
 import logging
+import math
 import random
 from collections import defaultdict
 from contextlib import AbstractContextManager
@@ -19,6 +20,8 @@ from .context import ForwardContext, Knobs, Record, current, forward_context, na
 from .tokens import Padding
 
 LOG_PERIOD = 20  # training steps between two looks at the sparse parts, which a GPU waits for
+# An expert takes too many tokens beyond this part of the way from its fair share of them to all.
+COLLAPSE = 0.5
 
 
 class MetaArch(nn.Module):
@@ -245,26 +248,30 @@ def record_losses(
 def log_records(records: dict[str, Record]) -> None:
     """Put the statistics of records into the event storage; warn of collapsed experts."""
     storage = get_event_storage()
-    greedy = []
+    collapsed = []
     for name, record in records.items():
         values = record.statistics()
-        if "keep_ratio" in values:
-            storage.put_scalar(f"{name}/keep_ratio", values["keep_ratio"])
-            continue
-        storage.put_scalar(f"{name}/max_usage", float(values["usage"].max()))
-        storage.put_scalar(f"{name}/entropy", float(values["entropy"]))
-        shares = values["coactivation"].diagonal().cpu()  # of the tokens, by expert
-        if len(shares) > 2 and shares.max() > greedy_share(len(shares), float(shares.sum())):
-            greedy.append(f"{name}: {shares.max():.0%} by expert {int(shares.argmax())}")
-    if greedy:
-        message = f"one expert takes too many of the tokens in {', '.join(greedy)}"
+        scalars = {key: float(x) for key, x in values.items() if torch.as_tensor(x).dim() == 0}
+        if "usage" in values:
+            usage = values["usage"].tolist()
+            scalars |= {f"usage_{expert}": share for expert, share in enumerate(usage)}
+            scalars["max_usage"] = max(usage)
+            shares = values["coactivation"].diagonal().tolist()  # of the tokens, by expert
+            if (share := max(shares)) > collapse_share(len(shares), sum(shares)):
+                collapsed.append(f"{name}: {share:.0%} by expert {shares.index(share)}")
+        for key, value in scalars.items():
+            # As it is: a median over past looks would hide a schedule's present, or a collapse.
+            storage.put_scalar(f"{name}/{key}", value, smoothing_hint=False)
+    if collapsed:
+        message = f"one expert takes too many of the tokens in {', '.join(collapsed)}"
         log_every_n_seconds(logging.WARNING, message, n=60, name=__name__)
 
 
-def greedy_share(num_experts: int, top_k: float) -> float:
-    """The share of tokens above which one expert takes too many.
+def collapse_share(num_experts: int, top_k: float) -> float:
+    """The share of the tokens above which one expert takes too many.
 
-    Half of them if each token has one expert; with ``top_k`` experts, of which each fairly gets
-    ``top_k / num_experts`` of the tokens, half way from there to all.
+    Of the tokens, not of the assignments: with ``top_k`` experts per token these leave no expert
+    more than ``1 / top_k``. Where every token uses all experts none can take too many.
     """
-    return 0.5 if top_k < 1.5 else (1 + top_k / num_experts) / 2
+    fair = round(top_k) / num_experts
+    return fair + COLLAPSE * (1 - fair) if fair < 1 else math.inf

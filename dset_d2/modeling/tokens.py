@@ -97,3 +97,34 @@ class TokenMap(NamedTuple):
         if index is None:
             return self
         return self._replace(index=index if self.index is None else self.index.gather(1, index))
+
+    def regions(self, size: int, batch: int, device: torch.device) -> "Regions":
+        """The tokens of a batch by the squares of ``size`` x ``size`` cells that they stand in.
+
+        Each image has regions of its own, and so has its padding.
+        """
+        height, width = self.shape
+        rows, columns = -(-height // size), -(-width // size)
+        cells = self.index
+        if cells is None:
+            cells = torch.arange(height * width, device=device).expand(batch, -1)
+        index = cells // width // size * columns + cells % width // size
+        index = index + torch.arange(batch, device=device)[:, None] * rows * columns
+        count = batch * rows * columns
+        if self.padding is None:
+            return Regions(index.flatten(), count)
+        return Regions((index + ~self.valid * count).flatten(), 2 * count)
+
+
+class Regions(NamedTuple):
+    """Which of T tokens belong together."""
+
+    index: Tensor  # (T,) in 0..count - 1
+    count: int  # of regions; some may have no token
+
+    def mean(self, values: Tensor) -> Tensor:
+        """(T, C) -> (T, C): of each token its region's mean."""
+        index = self.index[:, None].expand_as(values)
+        means = values.new_zeros(self.count, values.shape[1])
+        means = means.scatter_reduce(0, index, values, "mean", include_self=False)
+        return means.gather(0, index)

@@ -41,6 +41,7 @@ from .common import (
     build,
     build_model,
     entry_point,
+    evaluated_names,
     read_config,
     write_json,
 )
@@ -97,7 +98,7 @@ def train(run: Run, device: str | None = None) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "dset_d2.tools.lazyconfig_train_net"]
     begun = (folder / "last_checkpoint").exists()
     command += ["--config-file", config_file, "--resume" if begun else "--overwrite"]
-    command += [*overrides, f"train.output_dir={folder}"]
+    command += ["train.report=false", *overrides, f"train.output_dir={folder}"]
     command += [f"train.device={device}"] if device else []
     with open(folder / "stdout.txt", "a") as log:
         failed = subprocess.run(command, stdout=log, stderr=log).returncode
@@ -178,6 +179,8 @@ def main(argv: list[str] | None = None) -> None:
     ]
     configs = [read_config(file, [*own, *args.opts], args.device) for _, file, own in variants]
     for cfg in configs:
+        if len(names := evaluated_names(cfg)) > 1:
+            raise UsageError(f"dataloader.test names {', '.join(names)}: name one to compare by")
         build_model(cfg)  # what is wrong shall not come out hours later
     for run in runs:
         claim(run)

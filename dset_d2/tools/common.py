@@ -8,7 +8,7 @@ import re
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
@@ -22,6 +22,8 @@ from torch import nn
 
 from ..checkpoint import load_upstream
 from ..config import PACKAGE, apply_overrides, load_config
+from ..data.checks import count_classes
+from ..data.coco import to_coco
 from ..data.mapper import read_picture
 from ..files import write_atomically
 
@@ -123,11 +125,17 @@ class ConfigToolParser(ToolParser):
 
 
 def read_config(path: str, overrides: list[str], device: str | None = None) -> DictConfig:
-    """A config with overrides, and on a device if one is named."""
+    """A config with overrides, with a device if one is named, and with the data set's number of
+    classes if it has none."""
     with usage_errors(path):
         cfg = apply_overrides(load_config(path), overrides)
         if device:
             cfg.train.device = device
+        decoder = OmegaConf.select(cfg, "model.decoder")
+    if decoder is not None and decoder.get("num_classes", 0) is None:
+        with usage_errors(f"{path}: model.decoder.num_classes is that of the data set"):
+            datasets = [cfg.dataloader[part].get("dataset", {}) for part in ("train", "test")]
+            decoder.num_classes = count_classes(*datasets)
     return cfg
 
 
@@ -152,6 +160,12 @@ def build(cfg: DictConfig, key: str) -> object:
         raise UsageError(f"the config has no {key}")
     with usage_errors(f"the config's {key}"):
         return instantiate(node)
+
+
+def evaluated_names(cfg: DictConfig) -> list[str]:
+    """Names of the data sets that the config's evaluator scores, one by one."""
+    names = OmegaConf.select(cfg, "dataloader.evaluator.dataset_name")
+    return list(names) if OmegaConf.is_list(names) else [names]
 
 
 def build_model(cfg: DictConfig) -> nn.Module:
@@ -262,6 +276,17 @@ def describe_device(device: str) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def write_json(path: Path, content: dict | list) -> None:
+def write_json(path: Path, content: dict | list, indent: int | None = 1) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+    write_atomically(path, lambda file: file.write(json.dumps(content, indent=indent).encode()))
+
+
+def write_coco(path: Path, dataset: list[dict], classes: Sequence[str], root: str | Path) -> None:
+    """Write dataset dicts as a COCO annotation file, and print how much it holds.
+
+    Args:
+        root: folder that its file names are relative to.
+    """
+    content = to_coco(dataset, classes, root)
+    write_json(path, content, indent=None)
+    print(f"{path}: {len(content['images'])} images, {len(content['annotations'])} boxes")

@@ -7,12 +7,10 @@
 For the cooperative set add --split-key infrastructure_split (or vehicle_split).
 """
 
-import json
 from pathlib import Path
 
-from ..data.dair_v2x import CLASSES_8, CLASSES_10, SPLITS, DataError, load_dair_v2x, to_coco
-from ..files import write_atomically
-from .common import ToolParser, UsageError, check_output, entry_point
+from ..data.dair_v2x import CLASSES_8, CLASSES_10, SPLITS, DataError, load_dair_v2x
+from .common import ToolParser, UsageError, check_output, entry_point, write_coco
 
 
 @entry_point
@@ -35,11 +33,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     except DataError as error:
         raise UsageError(error) from error
-    content = to_coco(dataset, classes, args.image_root or args.root)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.output, lambda file: file.write(json.dumps(content).encode()))
-    images, boxes = len(content["images"]), len(content["annotations"])
-    print(f"{args.output}: {images} images, {boxes} boxes")
+    write_coco(args.output, dataset, classes, args.image_root or args.root)
 
 
 if __name__ == "__main__":

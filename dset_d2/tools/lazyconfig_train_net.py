@@ -3,8 +3,9 @@
 Every config of this project also runs with Detectron2's own ``tools/lazyconfig_train_net.py``.
 This launcher adds what that one has no seam for, as ``train.*`` settings: averaged weights
 (``ema``), the best checkpoint and early stopping by a named metric, an end on non-finite losses
-that names them, checkpoints that are never half-written, errors on misspelt overrides, and output
-folders that hold one run each.
+that names them, losses on the test set (``validation_loss``), checkpoints that are never
+half-written, errors on misspelt overrides, output folders that hold one run each, and a report of
+it (``report``).
 
     python -m dset_d2.tools.lazyconfig_train_net --config-file configs/rtdetr/rtdetrv2_r18_coco.py
     ... --resume                      continue the run in train.output_dir
@@ -20,32 +21,31 @@ import logging
 import os
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from datetime import timedelta
 from errno import EDQUOT, ENOSPC
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from detectron2.config import instantiate
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import default_argument_parser, default_writers, hooks, launch
+from detectron2.data import MetadataCatalog
+from detectron2.engine import default_argument_parser, hooks, launch
 from detectron2.engine.defaults import create_ddp_model
-from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import EventStorage
-from detectron2.utils.logger import setup_logger
+from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, TensorboardXWriter
 from omegaconf import DictConfig, OmegaConf
-from torch.utils.data import Dataset
 
 from ..checkpoint import load_initial, load_upstream
-from ..config import find_config, nearest
-from ..data.checks import check_datasets, check_images, dataset_names, target_name
+from ..config import find_config
+from ..data.checks import dataset_names, target_name
 from ..engine.checkpointer import AtomicCheckpointer
+from ..engine.console import ConsoleWriter, set_up_logs
 from ..engine.ema import ModelEMA
 from ..engine.folder import CONFIG, LAST, claimed, written
 from ..engine.hooks import (
@@ -56,159 +56,35 @@ from ..engine.hooks import (
     EpochReporter,
     Evaluation,
     PeriodicCheckpointer,
-    SparsityPictures,
+    Pictures,
     StatisticsHook,
-    no_metric,
+    ValidationLoss,
 )
-from ..engine.trainer import Trainer, check_parts
+from ..engine.trainer import Trainer
+from ..engine.validation import validation_loader, validation_losses
 from ..files import disk_error
-from ..modeling.sparse import MoE, TokenPruner
 from .common import (
     UsageError,
-    build,
     build_model,
     check_weights,
     entry_point,
+    evaluated_names,
     read_config,
     usage_errors,
 )
+from .preparation import (
+    build_loader,
+    check_data,
+    check_data_set_names,
+    fit_schedules,
+    load_training_set,
+    some,
+)
+from .report import write_report
 
 logger = logging.getLogger("dset_d2")  # not __main__, which nobody listens to
 
 FEW = 8  # images that --check looks at of each data set
-# Settings of schedules that must lie within a run, or it never gets to what they lead to.
-ENDS = ("warmup_iters", "start_step", "end_step", "unfreeze_step")
-COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-
-
-def some(dataset: Sequence | Dataset, few: int | None) -> Sequence | Dataset:
-    """So many items of a data set, evenly spaced; None for all."""
-    if few is None or not hasattr(dataset, "__len__"):
-        return dataset
-    return [dataset[i * len(dataset) // few] for i in range(few)]
-
-
-def load_training_set(cfg: DictConfig) -> Sequence | Dataset | None:
-    """The training set, without what composes its images; None if it is an outside package's."""
-    node = cfg.dataloader.train
-    if "dataset" not in node:
-        return None
-    while "dataset" in node:
-        node = node["dataset"]
-    with usage_errors("the config's dataloader.train"):
-        return instantiate(node)
-
-
-def with_loaded(node: DictConfig, dataset: Sequence | Dataset) -> dict | Sequence | Dataset:
-    """A config's node of a data set, with the innermost one loaded."""
-    if "dataset" in node:
-        return {**node, "dataset": with_loaded(node["dataset"], dataset)}
-    return dataset
-
-
-def fit_schedules(cfg: DictConfig, dataset: Sequence | Dataset | None) -> None:
-    """Let schedules, and the learning rate if it is to, follow the data set and the batch."""
-    if hasattr(dataset, "__len__"):
-        cfg.train.images = len(dataset)
-    batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
-    if cfg.train.lr_batch_size and batch:
-        cfg.optimizer.lr *= batch / cfg.train.lr_batch_size
-        cfg.train.lr_batch_size = batch  # so that a saved config is not scaled again
-    logger.info(
-        "%d images in batches of %s, %d steps, learning rate %g",
-        *(cfg.train.images, batch, cfg.train.max_iter, cfg.optimizer.lr),
-    )
-    if batch:
-        with usage_errors("train.accumulate"):
-            check_parts(batch // comm.get_world_size(), cfg.train.accumulate)
-    if late := outlasting(cfg, cfg.train.max_iter):
-        logger.warning("The run ends before its schedules: %s", ", ".join(late))
-
-
-def outlasting(node: DictConfig, steps: int, prefix: str = "") -> list[str]:
-    """What a config has to happen after so many steps."""
-    found = []
-    for key, value in node.items():
-        if isinstance(value, DictConfig):
-            found += outlasting(value, steps, f"{prefix}{key}.")
-        elif key in ENDS and value is not None and value > steps:
-            found.append(f"{prefix}{key}={value}")
-    return found
-
-
-def build_loader(
-    cfg: DictConfig,
-    part: str,
-    dataset: Sequence | Dataset | None = None,
-    few: int | None = None,
-) -> Iterable:
-    """The config's loader for training or test, once its data set's image files were looked at.
-
-    Args:
-        dataset: of it, if it is loaded already.
-        few: how many images of it to use, if not all.
-    """
-    node = cfg.dataloader[part]
-    with usage_errors(f"the config's dataloader.{part}"):
-        if dataset is not None:
-            node = {**node, "dataset": with_loaded(node.dataset, dataset)}
-        if "dataset" not in node or target_name(node.get("mapper", {})) != "DETRMapper":
-            return instantiate(node)  # an outside package's, which may read anything
-        dataset = some(instantiate(node["dataset"]), few)
-        if comm.is_main_process() and hasattr(dataset, "__len__"):
-            check_images(dataset, node["mapper"].get("skip_unreadable", False))
-        return instantiate({**node, "dataset": dataset})
-
-
-def check_data(
-    cfg: DictConfig, trained: list[str], few: int | None = None
-) -> Callable[[torch.nn.Module], dict]:
-    """Build what evaluations use, so that what is wrong with it ends a run before its first step.
-
-    Args:
-        trained: names of the data sets of training, which are loaded.
-        few: how many images to evaluate on, if not all.
-
-    Returns:
-        The evaluation of a model.
-    """
-    loader = build_loader(cfg, "test", few=few)
-    evaluator = build(cfg, "dataloader.evaluator")
-    if type(evaluator) is COCOEvaluator:  # of others the first evaluation tells
-        name = cfg.dataloader.evaluator.dataset_name
-        with usage_errors("the config"):
-            check_datasets(trained, name, OmegaConf.select(cfg, "model.decoder.num_classes"))
-        classes = MetadataCatalog.get(name).thing_classes
-        metrics = [*COCO_METRICS, *(f"AP-{x}" for x in classes if len(classes) > 1)]
-        tasks = cfg.dataloader.evaluator.get("tasks") or ["bbox"]
-        known = [f"{task}/{metric}" for task in tasks for metric in metrics]
-        if cfg.train.best_metric not in known:
-            raise UsageError(no_metric(cfg.train.best_metric, known))
-
-    def evaluate(model: torch.nn.Module) -> dict:
-        results = inference_on_dataset(model, loader, evaluator)
-        print_csv_format(results)
-        return results
-
-    return evaluate
-
-
-def check_data_set_names(cfg: DictConfig) -> None:
-    """Raise a :class:`UsageError` on a name of no data set, with the nearest."""
-    for part in ("train", "test"):
-        node = cfg.dataloader[part].get("dataset", {})
-        key = f"dataloader.{part}.dataset.names"
-        with usage_errors(key):
-            names = dataset_names(node)
-        if node.get("json_file") is not None:
-            continue  # the name that a file comes with may be new
-        for name in names:
-            if name not in DatasetCatalog:
-                close = nearest(name, DatasetCatalog.list())
-                raise UsageError(f"{key}={name}: no data set has this name{close}")
-    name = OmegaConf.select(cfg, "dataloader.evaluator.dataset_name")
-    if OmegaConf.is_list(name):
-        raise UsageError(f"dataloader.test: {name}: an evaluator scores one data set, not a list")
 
 
 def build_ema(cfg: DictConfig, model: torch.nn.Module) -> ModelEMA | None:
@@ -216,14 +92,34 @@ def build_ema(cfg: DictConfig, model: torch.nn.Module) -> ModelEMA | None:
     return ModelEMA(model, settings.decay, settings.warmup) if settings.enabled else None
 
 
-def sparsity_pictures(cfg: DictConfig, model: torch.nn.Module) -> SparsityPictures | None:
-    """Pictures of the first test image for TensorBoard, if the model has anything sparse."""
-    sparse = any(isinstance(module, MoE | TokenPruner) for module in model.modules())
-    if not sparse or "dataset" not in cfg.dataloader.test:
+def pictures(cfg: DictConfig, model: torch.nn.Module) -> Pictures | None:
+    """Pictures of the first test image for TensorBoard, if image and classes are known."""
+    name = evaluated_names(cfg)[0]
+    if name is None or "dataset" not in cfg.dataloader.test:
         return None
     dataset_dict = instantiate(cfg.dataloader.test.dataset)[0]
     mapper = instantiate(cfg.dataloader.test.mapper)
-    return SparsityPictures(cfg.train.eval_period, model, dataset_dict, mapper)
+    classes = MetadataCatalog.get(name).thing_classes
+    return Pictures(cfg.train.eval_period, model, dataset_dict, mapper, classes)
+
+
+def validation(cfg: DictConfig) -> Callable[[torch.nn.Module], dict[str, float]] | None:
+    """The losses of a model on the test set, as in training but for augmentation, if asked for."""
+    if not cfg.train.validation_loss:
+        return None
+    node = cfg.dataloader.test
+    if "dataset" not in node or target_name(node.get("mapper", {})) != "DETRMapper":
+        raise UsageError(
+            "train.validation_loss=true needs a dataloader.test of dataset, DETRMapper"
+        )
+    batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
+    loader = validation_loader(
+        instantiate(node.dataset),
+        instantiate({**node.mapper, "is_train": True}),
+        max(1, (batch or 1) // comm.get_world_size()),
+        node.num_workers,
+    )
+    return partial(validation_losses, loader=loader)
 
 
 def train(cfg: DictConfig, args: Namespace) -> None:
@@ -234,13 +130,14 @@ def train(cfg: DictConfig, args: Namespace) -> None:
     fit_schedules(cfg, dataset)
     saved_cfg = copy.deepcopy(cfg)  # before the model is put into it
     model = build_model(cfg)
-    logger.info("Model:\n%s", model)
+    logger.debug("Model:\n%s", model)
     if cfg.train.init_checkpoint and not (resumed or cfg.train.resume_from):
         with initial_weights(cfg):
-            load_initial(model, cfg.train.init_checkpoint)
+            load_initial(model, cfg.train.init_checkpoint, cfg.train.upcycling)
     few = FEW if args.check else None
     loader = build_loader(cfg, "train", some(dataset, few))  # looking at all images takes longest
     evaluate = check_data(cfg, dataset_names(cfg.dataloader.train.get("dataset", {})), few)
+    validate = validation(cfg)
     ema = build_ema(cfg, model)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
@@ -250,12 +147,12 @@ def train(cfg: DictConfig, args: Namespace) -> None:
     checkpointer = AtomicCheckpointer(parallel, output_dir, trainer=trainer, **averaged)
     best = AtomicCheckpointer(parallel, output_dir, tag_last=False, **averaged)
 
-    def evaluate_best() -> dict:
-        """Of the averaged weights if there are any, else of the model's own."""
-        return evaluate(ema.module if ema and ema.updates else parallel)
+    def best_model(own: torch.nn.Module) -> torch.nn.Module:
+        """That of the averaged weights if there are any."""
+        return ema.module if ema and ema.updates else own
 
     if args.check:
-        check(cfg, trainer, evaluate_best)
+        check(cfg, trainer, lambda: evaluate(parallel))
         return
     period = cfg.train.eval_period
     saving = cfg.train.checkpointer
@@ -272,9 +169,10 @@ def train(cfg: DictConfig, args: Namespace) -> None:
             ConfigSaver(saved_cfg, f"{output_dir}/{CONFIG}") if main else None,
             EMAHook(ema, model) if ema else None,
             EpochReporter(cfg.train.images / batch) if batch else None,
-            sparsity_pictures(cfg, model) if main else None,
+            pictures(cfg, model) if main else None,
             StatisticsHook([period, saving.period], model, ema),
-            Evaluation(period, evaluate_best, metric),
+            ValidationLoss(period, lambda: validate(best_model(model))) if validate else None,
+            Evaluation(period, lambda: evaluate(best_model(parallel)), metric),
             # These follow the evaluation, so that a checkpoint knows of its results.
             BestCheckpointer(period, best, metric) if main else None,
             stopping,
@@ -289,7 +187,7 @@ def train(cfg: DictConfig, args: Namespace) -> None:
         for path in written(Path(output_dir)):
             path.unlink()
     if main:
-        writers = default_writers(output_dir, cfg.train.max_iter)
+        writers = make_writers(output_dir, cfg.train.max_iter)
         # Last, so that a run which is killed has logged all that it resumes from.
         last = [
             hooks.PeriodicWriter(writers, cfg.train.log_period),
@@ -307,6 +205,12 @@ def train(cfg: DictConfig, args: Namespace) -> None:
     final = checkpointer.get_checkpoint_file().endswith("model_final.pth")
     if main and (trainer.stopped or not final):
         checkpointer.save("model_final", iteration=trainer.iter)
+
+
+def make_writers(output_dir: str, max_iter: int) -> list[EventWriter]:
+    """As Detectron2's, but with our console."""
+    files = [JSONWriter(f"{output_dir}/metrics.json"), TensorboardXWriter(output_dir)]
+    return [ConsoleWriter(max_iter), *files]
 
 
 def check(cfg: DictConfig, trainer: Trainer, evaluate: Callable[[], dict]) -> None:
@@ -351,11 +255,12 @@ def set_up(cfg: DictConfig, args: Namespace) -> None:
     That one would also replace the config of the run in the folder before anything is tried.
     """
     rank = comm.get_rank()
-    for name in ("fvcore", "detectron2", "dset_d2"):
-        setup_logger(cfg.train.output_dir, distributed_rank=rank, name=name)
-    logger.info("Environment:\n%s", collect_env_info())
-    logger.info("Command line: %s", args)
-    logger.info("Config:\n%s", Path(args.config_file).read_text())
+    set_up_logs(cfg.train.output_dir, rank)
+    if not args.check:
+        logger.info("%s: all is in %s/log.txt", args.config_file, cfg.train.output_dir)
+    logger.debug("Environment:\n%s", collect_env_info())
+    logger.debug("Command line: %s", args)
+    logger.debug("Config:\n%s", Path(args.config_file).read_text())
     seed_all_rng(None if cfg.train.seed < 0 else cfg.train.seed + rank)
 
 
@@ -382,12 +287,14 @@ def main(args: Namespace) -> None:
     set_up(cfg, args)
     if not args.eval_only:
         train(cfg, args)
+        if cfg.train.report and comm.is_main_process() and not args.check:
+            write_report(cfg, args.config_file, args.opts)
         return
     model = build_model(cfg)
     with initial_weights(cfg):
         load_upstream(model, cfg.train.init_checkpoint, whole=True)
     check_data_set_names(cfg)
-    evaluate = check_data(cfg, [])
+    evaluate = check_data(cfg, None)
     evaluate(create_ddp_model(model, **cfg.train.ddp))
 
 

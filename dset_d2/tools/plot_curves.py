@@ -3,8 +3,9 @@
     python -m dset_d2.tools.plot_curves --runs dense=output/dense_0 dense=output/dense_1 \\
         sparse=output/sparse --metrics total_loss bbox/AP --epoch-iters 120 --output curves.png
 
-draws one panel for each metric. Runs of one name, such as seeds, are averaged over the iterations
-that all of them logged, and shaded from their least to their greatest value.
+draws one panel for each metric. Every name has a colour, dashes and a mark of its own, and stands
+at the end of its curve. Runs of one name, such as seeds, are averaged over the iterations that all
+of them logged, and shaded from their least to their greatest value.
 """
 
 import argparse
@@ -15,17 +16,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from scipy.optimize import isotonic_regression
 
 from ..files import write_atomically
+from ..visualization import PALETTE
 from .common import ToolParser, UsageError, entry_point
 
 METRICS = ("total_loss", "bbox/AP", "bbox/AP50")
-PANEL = (5.2, 4.0)  # inches
+PANEL = (6.4, 4.0)  # inches
 COLUMNS = 3
-MARKED = 30  # curves of at most this many points show them
+MARKED = 30  # curves of at most this many points show them all
+COLOURS = PALETTE / 255
+DASHES = ("-", "--", "-.", ":")
+MARKS = "osD^vPX"
+LABEL_GAP = 0.05  # between labels, as a share of a panel's height
 
 Curve = dict[int, float]  # value by iteration, in order
 
@@ -120,28 +128,78 @@ def draw(loaded: dict[str, dict], epoch_iters: int | None = None) -> Figure:
     FigureCanvasAgg(figure)
     for index, (metric, curves) in enumerate(loaded.items()):
         axes = figure.add_subplot(lines, columns, index + 1)
-        for name, (iterations, values) in curves.items():
-            label = name if len(values) == 1 else f"{name} (mean of {len(values)})"
-            marker = "o" if len(iterations) <= MARKED else None
-            (line,) = axes.plot(
-                iterations, values.mean(0), label=label, marker=marker, markersize=3, linewidth=1.5
-            )
-            if len(values) > 1:
-                low, high = values.min(0), values.max(0)
-                axes.fill_between(
-                    iterations, low, high, color=line.get_color(), alpha=0.2, linewidth=0
-                )
-        axes.set_title(metric)
+        draw_curves(axes, curves)
+        axes.set_title(f"{metric}, %" if metric.rpartition("/")[2].startswith("AP") else metric)
         axes.set_xlabel("iteration")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
         if epoch_iters:
             # Iteration 0 is the first, so that an epoch ends at epoch_iters - 1.
             to_epoch = (lambda x: (x + 1) / epoch_iters, lambda x: x * epoch_iters - 1)
             top = axes.secondary_xaxis("top", functions=to_epoch)
             top.set_xlabel("epoch")
     return figure
+
+
+def draw_curves(axes: Axes, curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """Curves that differ in colour, dashes and marks, with their names at their ends.
+
+    Args:
+        curves: by name iterations (n,) and values (runs, n).
+    """
+    ends = {}
+    for index, (name, (iterations, values)) in enumerate(curves.items()):
+        label = name if len(values) == 1 else f"{name} (mean of {len(values)})"
+        mean, colour = values.mean(0), COLOURS[index % len(COLOURS)]
+        axes.plot(
+            iterations,
+            mean,
+            color=colour,
+            linestyle=DASHES[index % len(DASHES)],
+            marker=MARKS[index % len(MARKS)],
+            markevery=max(1, len(iterations) // MARKED),
+            markersize=3,
+            linewidth=1.5,
+        )
+        if len(values) > 1:
+            low, high = values.min(0), values.max(0)
+            axes.fill_between(iterations, low, high, color=colour, alpha=0.15, linewidth=0)
+        if finite := np.flatnonzero(np.isfinite(mean)).tolist():
+            ends[label] = (iterations[finite[-1]], mean[finite[-1]], colour)
+    name_ends(axes, ends)
+
+
+def name_ends(axes: Axes, ends: dict[str, tuple[float, float, np.ndarray]]) -> None:
+    """Write names beside the panel, each at the height of its point and apart from the others.
+
+    Args:
+        ends: x, y and colour by name.
+    """
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    heights = apart([(y - low) / (high - low) for _, y, _ in ends.values()], LABEL_GAP)
+    for (name, (x, y, colour)), height in zip(ends.items(), heights):
+        axes.annotate(
+            name,
+            (x, y),
+            (1.03, height),
+            textcoords="axes fraction",
+            color=colour,
+            fontsize="small",
+            verticalalignment="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5)},
+        )
+
+
+def apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Heights in the same order, moved until neighbours are ``gap`` apart, around the same mean."""
+    order = np.argsort(heights, kind="stable")
+    places = np.array(heights, dtype=float)[order]
+    steps = gap * np.arange(len(places))
+    # Without the gaps, heights that may touch but not fall: the isotonic regression.
+    moved = np.empty(len(places))
+    moved[order] = isotonic_regression(places - steps).x + steps
+    return moved.tolist()
 
 
 def named_run(text: str) -> tuple[str, Path]:

@@ -4,8 +4,9 @@
         --output output/pictures --num-images 12
 
 draws the first images of the config's test set, ground truth on the left, or those that --input
-names. Beside NAME.png (detections) a sparse model gives NAME_kept_*.png (pruned tokens are dark),
-NAME_expert_*.png (a colour per expert) and experts.png (load and co-activation over all images).
+names. Each class has one colour, and a legend tells which. Beside NAME.png (detections) a sparse
+model gives NAME_kept_*.png (pruned tokens are dark), NAME_expert_*.png (a colour per expert) and
+experts.png (load and co-activation over all images).
 Names are those of the images, numbered where one would stand for two. The folder of an image that
 is read is no place for pictures.
 """
@@ -17,14 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
-from detectron2.structures import BoxMode
-from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 from tqdm import tqdm
 
 from ..files import write_atomically
 from ..modeling import forward_context
 from ..visualization import (
+    detection_picture,
     mean_statistics,
     plot_routing,
     rendered,
@@ -37,6 +37,7 @@ from .common import (
     build,
     build_model,
     entry_point,
+    evaluated_names,
     image_files,
     load_weights,
     read_config,
@@ -71,21 +72,6 @@ def save(picture: np.ndarray, path: Path) -> None:
     write_atomically(path, lambda file: Image.fromarray(picture).save(file, format="png"))
 
 
-def draw_detections(image: np.ndarray, instances, metadata, threshold: float) -> np.ndarray:
-    """(H, W, 3) RGB with the boxes whose score reaches the threshold."""
-    kept = instances[instances.scores >= threshold].to("cpu")
-    return Visualizer(image, metadata).draw_instance_predictions(kept).get_image()
-
-
-def draw_ground_truth(image: np.ndarray, annotations: list[dict], metadata) -> np.ndarray:
-    """(H, W, 3) RGB with the annotated boxes; regions to ignore are named so."""
-    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
-    names = metadata.thing_classes
-    labels = ["ignore" if a.get("iscrowd") else names[a["category_id"]] for a in annotations]
-    drawn = Visualizer(image, metadata).overlay_instances(boxes=boxes, labels=labels)
-    return drawn.get_image()
-
-
 @entry_point
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
@@ -110,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         dataset_dicts = build(cfg, "dataloader.test.dataset")[: args.num_images]
     names = output_names([Path(x["file_name"]) for x in dataset_dicts], args.output)
     dataset_dicts = [x | {"name": name} for x, name in zip(dataset_dicts, names)]
-    metadata = MetadataCatalog.get(cfg.dataloader.evaluator.dataset_name)
+    classes = MetadataCatalog.get(evaluated_names(cfg)[0]).thing_classes
     args.output.mkdir(parents=True, exist_ok=True)
     routings = defaultdict(list)
     for dataset_dict, image in read_images(tqdm(dataset_dicts, desc="drawing")):
@@ -118,10 +104,8 @@ def main(argv: list[str] | None = None) -> None:
         inputs = mapper(dataset_dict) | {"height": height, "width": width}
         with forward_context(record=True) as context:
             instances = model([inputs])[0]["instances"]
-        drawn = draw_detections(image, instances, metadata, args.threshold)
-        if "annotations" in dataset_dict:
-            truth = draw_ground_truth(image, dataset_dict["annotations"], metadata)
-            drawn = np.concatenate([truth, drawn], axis=1)
+        annotations = dataset_dict.get("annotations")
+        drawn = detection_picture(image, instances, annotations, classes, args.threshold)
         name = dataset_dict["name"]
         save(drawn, args.output / f"{name}.png")
         for part, picture in sparsity_pictures(image, context.records).items():

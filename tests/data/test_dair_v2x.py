@@ -9,19 +9,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
 
+from dset_d2 import get_config
+from dset_d2.config import apply_overrides
 from dset_d2.data.dair_v2x import (
     CLASSES_8,
     CLASSES_10,
+    REGISTERED,
     DataError,
     class_map,
     clip_box,
+    dair_v2x_dataset,
     load_dair_v2x,
+    read_box,
 )
 from dset_d2.tools import dair_v2x_to_coco
 
@@ -259,7 +265,7 @@ def test_bad_labels_name_file_and_entry(tree, entries, message):
 
 def test_bad_files_are_named(tree):
     with pytest.raises(
-        DataError, match="no data_info.json in any of .*nowhere.*; set DETECTRON2_DATASETS"
+        DataError, match="no data_info.json or label in any of .*nowhere.*; set DETECTRON2_DATASETS"
     ):
         load_dair_v2x(tree.root / "nowhere", tree.split_file, "train")
     with pytest.raises(DataError, match="absent.json: no such file"):
@@ -288,7 +294,7 @@ def test_broken_image_is_named(tree):
 @given(st.lists(st.floats(-500, 500), min_size=4, max_size=4))
 def test_clipped_boxes_lie_in_the_image(values):
     box = dict(zip(("xmin", "ymin", "xmax", "ymax"), map(str, values)))
-    clipped = clip_box(box, (80, 100), "here", Counter())
+    clipped = clip_box(read_box(box, "here"), (80, 100), Counter())
     if clipped is not None:
         x, y, x2, y2 = clipped
         assert 0 <= x <= x2 - 1 and x2 <= 100 and 0 <= y <= y2 - 1 and y2 <= 80
@@ -324,6 +330,80 @@ def test_registered_data_sets_follow_the_environment(tmp_path, monkeypatch):
     assert MetadataCatalog.get("dair_v2x_v_val_10cls").thing_classes == list(CLASSES_10)
 
 
+@pytest.fixture
+def plain(tmp_path, monkeypatch) -> Path:
+    """Two sides of images and labels alone, and nothing where data are looked for."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "absent"))
+    for number, kind in enumerate(("vehicle", "infrastructure")):
+        tree = Tree(tmp_path / "own" / f"{kind}-side")
+        (tree.root / "data_info.json").unlink()
+        for path in (tree.root / "label/camera").iterdir():
+            path.rename(tree.root / "label" / path.name)
+        (tree.root / "label/camera").rmdir()
+        (tree.root / "image" / "notes.txt").write_text("no image")
+        split = {"train": ["000001", "000002", "000003"][number:], "val": ["000009"]}
+        (tree.root.parent / f"single-{kind}-split-data.json").write_text(json.dumps(split))
+    yield tmp_path / "own"
+    DatasetCatalog.update(REGISTERED)
+
+
+def test_sides_of_images_and_labels_alone(plain):
+    (found,) = dair_v2x_dataset("dair_v2x_v_val", root=str(plain))
+    assert found["image_id"] == 9 and len(found["annotations"]) == 1
+    assert found["file_name"] == str(plain / "vehicle-side/image/000009.jpg")
+    assert len(dair_v2x_dataset("dair_v2x_i_train", root=str(plain))) == 2
+    both = ["dair_v2x_i_train", "dair_v2x_v_train"]
+    assert len(dair_v2x_dataset(both, root=str(plain))) == 5
+    # What evaluators load by name is the same, until the next call.
+    assert DatasetCatalog.get("dair_v2x_v_val") == [found]
+    with pytest.raises(DataError, match="absent"):
+        dair_v2x_dataset("dair_v2x_v_val")
+
+
+@pytest.mark.parametrize("side", ["vehicle-side", "dair-v2x/single-vehicle-side", "."])
+def test_roots_name_a_side_or_what_it_is_in(plain, side):
+    place = plain / side
+    if side != ".":
+        place.parent.mkdir(exist_ok=True)
+        (plain / "vehicle-side").rename(place)
+    for root in (place, plain):
+        assert len(dair_v2x_dataset("dair_v2x_v_train", root=str(root))) == 3
+
+
+def test_roots_are_not_taken_for_another_side(plain):
+    with pytest.raises(DataError, match="no data_info.json or label in any of") as error:
+        dair_v2x_dataset("dair_v2x_i_train", root=str(plain / "vehicle-side"))
+    assert str(plain / "vehicle-side/infrastructure-side") in str(error.value)
+    cooperative = plain.rename(plain.parent / "cooperative-vehicle-infrastructure")
+    with pytest.raises(DataError, match="no data_info.json or label in any of"):
+        dair_v2x_dataset("dair_v2x_i_train", root=str(cooperative))
+    with pytest.raises(DataError, match="cooperative-split-data.json.* set split_file to it"):
+        dair_v2x_dataset("dair_v2x_c_i_train", root=str(cooperative))
+    file = cooperative / "other.json"
+    file.write_text(json.dumps({"infrastructure_split": {"train": [1]}}))
+    found = dair_v2x_dataset("dair_v2x_c_i_train", str(cooperative), str(file))
+    assert [d["image_id"] for d in found] == [1]
+    with pytest.raises(DataError, match="'my_train' is no data set of DAIR-V2X"):
+        dair_v2x_dataset("my_train", root=str(cooperative))
+
+
+def test_sides_without_images_are_named(plain):
+    for path in (plain / "vehicle-side/image").glob("*.jpg"):
+        path.unlink()
+    with pytest.raises(DataError, match="vehicle-side: neither data_info.json nor images in"):
+        dair_v2x_dataset("dair_v2x_v_train", root=str(plain))
+
+
+def test_configs_name_a_root(plain):
+    cfg = get_config("configs/rtdetr/rtdetrv2_r18_roadside.py")
+    apply_overrides(cfg, [f"dataloader.train.dataset.root={plain}"])
+    assert len(instantiate(cfg.dataloader.train.dataset)) == 2
+    assert len(instantiate(cfg.dataloader.test.dataset)) == 1
+    apply_overrides(cfg, ["dataloader.test.dataset.root=/absent"])
+    with pytest.raises(DataError, match="/absent/dair-v2x"):
+        instantiate(cfg.dataloader.test.dataset)
+
+
 def test_import_without_data_is_silent(tmp_path):
     environment = os.environ | {"DETECTRON2_DATASETS": str(tmp_path / "absent")}
     code = "import warnings; warnings.simplefilter('ignore'); import dset_d2"
@@ -356,7 +436,8 @@ def test_conversion_reports_errors(tree, tmp_path, capsys):
     arguments = ["--root", "nowhere", "--split-file", "x", "--split", "val", "--output", "y"]
     with pytest.raises(SystemExit) as stop:
         dair_v2x_to_coco.main(arguments)
-    assert stop.value.code == 2 and "no data_info.json in any of nowhere" in capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "no data_info.json or label in any of nowhere;" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not SPLITS.is_dir(), reason="the official split files are not here")

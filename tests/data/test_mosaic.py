@@ -4,7 +4,7 @@ from multiprocessing.reduction import ForkingPickler
 import numpy as np
 import pytest
 import torch
-from detectron2.config import LazyCall, instantiate
+from detectron2.config import instantiate
 from detectron2.data import build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
@@ -12,6 +12,8 @@ from PIL import Image
 
 import dset_d2
 from dset_d2.clock import shared_step
+from dset_d2.config import apply_overrides
+from dset_d2.data import loader
 from dset_d2.data.augmentation import RandomPhotometric, RandomZoomOut, UntilStep
 from dset_d2.data.mapper import DETRMapper
 from dset_d2.data.mosaic import Mosaic
@@ -286,19 +288,36 @@ def test_augmentations_can_leave_mosaics_out(tmp_path):
     assert mapper(mosaic(dataset, prob=0.0, mixup_prob=1.0)[0])["image"].shape == (3, 120, 160)
 
 
-def test_switched_on_in_a_config(tmp_path, monkeypatch):
+@pytest.fixture
+def roadside(tmp_path, monkeypatch):
+    """A config whose data are three generated images."""
     write_dataset(tmp_path, num_train=3, num_val=1, height=96, width=160, seed=3, progress=False)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     cfg = dset_d2.get_config("configs/rtdetr/rtdetrv2_r18_roadside.py")
-    cfg.dataloader.strong_augmentation_end = 10
     cfg.dataloader.train.num_workers = 0
-    cfg.dataloader.train.dataset = LazyCall(Mosaic)(
-        dataset=cfg.dataloader.train.dataset,
-        prob=1.0,
-        mixup_prob=0.5,
-        scale=[0.5, 1.0],
-        end="${dataloader.strong_augmentation_end}",
-    )
-    batch = next(iter(instantiate(cfg.dataloader.train)))
-    assert [tuple(x["image"].shape) for x in batch] == [(3, *cfg.dataloader.image_size)] * 4
+    cfg.dataloader.strong_augmentation_end = 10
+    return cfg
+
+
+def test_switched_on_in_a_config(roadside):
+    apply_overrides(roadside, ["dataloader.mosaic.prob=1", "dataloader.mosaic.mixup_prob=0.5"])
+    batch = next(iter(instantiate(roadside.dataloader.train)))
+    assert [tuple(x["image"].shape) for x in batch] == [(3, *roadside.dataloader.image_size)] * 4
     assert all(x["instances"].has("gt_boxes") for x in batch)
+
+
+def test_the_switch_decides_what_is_loaded(roadside, monkeypatch, caplog):
+    monkeypatch.setattr(loader, "build_detection_train_loader", lambda dataset, **_: dataset)
+
+    def load(*overrides: str) -> list | Mosaic:
+        return instantiate(apply_overrides(roadside, [*overrides]).dataloader.train)
+
+    assert type(load()) is list
+    mixed = load("dataloader.mosaic.mixup_prob=0.5")
+    assert (mixed.prob, mixed.mixup_prob, mixed.end, len(mixed)) == (0, 0.5, 10, 3)
+    assert not caplog.records
+    load("dataloader.mosaic.end=0")
+    assert "Mosaic and mixup end at training step 0" in caplog.text
+    with pytest.raises(ValueError, match="prob=1.5 must lie"):
+        load("dataloader.mosaic.prob=1.5")
+    assert type(load("dataloader.mosaic.prob=0", "dataloader.mosaic.mixup_prob=0")) is list

@@ -24,7 +24,7 @@ PLAIN = dict(num_denoising=12, label_noise_ratio=0.0, box_noise_scale=0.0)
 MODELS = {
     "dense": lambda: tiny_model(**PLAIN),
     "dfine": lambda: tiny_model("configs/dfine/dfine_s_coco.py", **PLAIN),
-    "sparse": lambda: sparse_model(decoder=PLAIN, spatial_prior=True, diversity_weight=0.1),
+    "sparse": lambda: sparse_model(decoder=PLAIN, spatial_prior="flat", diversity_weight=0.1),
 }
 
 

@@ -25,6 +25,7 @@ TINY = [
     "dataloader.strong_augmentation_end=4",
     "lr_multiplier.warmup_iters=4",
 ]
+REPORTED = ["train.report=true", "train.validation_loss=true"]
 OURS = ["-m", "dset_d2.tools.lazyconfig_train_net"]
 STOCK = [str(Path(__file__).with_name("stock_launcher.py"))]
 
@@ -83,6 +84,46 @@ def test_stock_launcher_trains_resumes_and_evaluates(datasets, tmp_path):
     assert result.returncode == 0 and "copypaste: Task: bbox" in result.stdout
 
 
+def check_console(stdout: str, folder: Path) -> None:
+    """Every log period and evaluation has a line; what else there is to say is in the log file."""
+    lines = stdout.splitlines()
+    steps = [line for line in lines if "  step " in line]
+    assert len(steps) == 6 and "step 6/40  " in steps[-1] and "  epoch " in steps[-1]
+    for part in ("loss", "class", "box", "iou", "denoising", "aux", "lr", "ETA"):
+        assert f"  {part} " in steps[-1]
+    assert sum("bbox: AP " in line for line in lines) == 3
+    assert sum("validation: loss " in line for line in lines) == 3
+    assert max(map(len, lines)) <= 170 and len(lines) < 35
+    log = (folder / "log.txt").read_text()
+    assert all(line.partition("  ")[2] in log for line in steps)
+    for text in ("Environment:", "DETRDetector(", "Average Recall", "Per-category", "copypaste"):
+        assert text in log and text not in stdout
+    assert "\x1b" not in log and "\x1b" not in stdout
+
+
+def check_report(folder: Path) -> None:
+    """Its numbers are those of the files; all its pictures are there."""
+    report = json.loads((folder / "report.json").read_text())
+    assert (report["best_step"], report["steps"], report["missing"]) == (2, 6, [])
+    best = next(m for m in metrics(folder) if m["iteration"] == 1)
+    assert [report[x] for x in ("AP", "AP50")] == [best["bbox/AP"], best["bbox/AP50"]]
+    assert report["validation_loss"] == metrics(folder)[-1]["validation/total_loss"]
+    weights = torch.load(folder / "model_best.pth", weights_only=True)["ema"]["module"]
+    assert (
+        0
+        < report["active_parameters"]
+        <= report["parameters"]
+        < sum(x.numel() for x in weights.values())
+    )
+    assert report["macs"] > report["macs_by_part"]["backbone"] > 0 < report["images_per_second"]
+    assert report["generated_scenes"] and not report["published"]
+    pictures = {path.stem for path in folder.glob("report_*.*")}
+    assert pictures == {"report_curves", *(f"report_detections_{i}" for i in (1, 2, 3))}
+    text = (folder / "report.md").read_text()
+    assert all(f"]({path.name})" in text for path in folder.glob("report_*.*"))
+    assert all(path.name in text for path in folder.glob("*.pth"))
+
+
 def optimizer_steps(state: dict) -> set[int]:
     return {int(p["step"]) for p in state["trainer"]["optimizer"]["state"].values()}
 
@@ -138,8 +179,11 @@ def test_best_checkpoint_and_early_stopping(datasets, tmp_path):
         "train.early_stopping_patience=2",
         "train.best_metric=bbox/AP",
     ]
-    result = run(datasets, OURS, tmp_path, *options)
+    result = run(datasets, OURS, tmp_path, *options, *REPORTED)
     assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stderr == ""
+    check_console(result.stdout, tmp_path)
+    check_report(tmp_path)
     assert "Stopping early: bbox/AP did not rise" in result.stdout
     assert max(losses(tmp_path)) == 5
     best = torch.load(tmp_path / "model_best.pth", weights_only=True)
@@ -147,7 +191,7 @@ def test_best_checkpoint_and_early_stopping(datasets, tmp_path):
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
     checkpoint = f"train.init_checkpoint={tmp_path}/model_best.pth"
     result = run(datasets, OURS, tmp_path, "--eval-only", checkpoint)
-    assert result.returncode == 0 and "copypaste: Task: bbox" in result.stdout
+    assert result.returncode == 0 and "bbox: AP " in result.stdout
 
     (tmp_path / "model_final.pth").rename(tmp_path / "model_0000005.pth")  # killed before its end
     (tmp_path / "last_checkpoint").write_text("model_0000005.pth")

@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 from detectron2.config import instantiate
@@ -14,7 +16,7 @@ from dset_d2.engine.optimizer import (
 from dset_d2.modeling import LoRAConfig
 from dset_d2.modeling.sparse import MoE, MoEConfig
 
-from ..conftest import tiny_config, tiny_dinov3
+from ..conftest import make_inputs, randomise, tiny_config, tiny_dinov3
 
 DINOV3 = "projects/dfine_dinov3/configs/dfine_dinov3_s_coco.py"
 
@@ -169,3 +171,62 @@ def test_flat_cosine():
     ):
         with pytest.raises(ValueError, match=message):
             flat_cosine(1000, 100, **settings)
+
+
+# Backbones that are fine-tuned from random weights.
+
+R18 = "configs/rtdetr/rtdetrv2_r18_coco.py"
+RATE = "optimizer.params.rules.backbone.factor"
+RANDOM = "its weights are random: start from pretrained ones, train.init_checkpoint=FILE"
+TINY_VIT = [
+    "model.backbone.vit={embed_dim: 32, depth: 6, num_heads: 2}",
+    "model.backbone.taps=[1,3,5]",
+    "model.backbone.adapter.in_channels=32",
+]
+
+
+def trained_once(path: str, *overrides: str, loaded: bool = False) -> torch.nn.Module:
+    cfg = apply_overrides(tiny_config(path), [*overrides, "model.multi_scale=[]"])
+    model = cfg.optimizer.params.model = instantiate(cfg.model)
+    optimizer = instantiate(cfg.optimizer)
+    if loaded:  # as Detectron2's launcher does it, after the optimizer is built
+        with torch.no_grad():
+            for name, value in randomise(model).named_parameters():
+                value.add_(0.01 if "gamma" in name else 0)
+    for _ in range(2):
+        sum(model.train()(make_inputs([(64, 64)])).values()).backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("path", "overrides", "file"),
+    [
+        (R18, [f"{RATE}=0.1"], "ResNet18_vd_pretrained_from_paddle.pth"),
+        (R18, ["model.backbone.freeze_norm=true"], "ResNet18_vd_pretrained"),
+        (R18, ["model.backbone.freeze_at=0"], "ResNet18_vd_pretrained"),
+        ("configs/dfine/dfine_s_coco.py", [], "PPHGNetV2_B0_stage1.pth of D-FINE's releases"),
+        (DINOV3, TINY_VIT, "dinov3_vits16_pretrain_lvd1689m-08c60483.pth"),
+        (DINOV3, [*TINY_VIT, "model.backbone.freeze=null"], "dinov3_vits16_pretrain"),
+    ],
+)
+def test_fine_tuning_of_random_weights_is_warned_of(caplog, path, overrides, file):
+    caplog.set_level(logging.WARNING)
+    trained_once(path, *overrides)
+    assert caplog.text.count(RANDOM) == 1 and file in caplog.text
+    caplog.clear()
+    trained_once(path, *overrides, loaded=True)
+    assert RANDOM not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("path", "overrides"),
+    [
+        (R18, [f"{RATE}=1"]),
+        ("projects/dset/configs/dset_r18_roadside.py", []),
+        (DINOV3, [*TINY_VIT, "model.backbone.freeze=null", "optimizer.params.rules.vit.factor=1"]),
+    ],
+)
+def test_random_weights_may_learn_at_the_full_rate(caplog, path, overrides):
+    trained_once(path, *overrides)
+    assert RANDOM not in caplog.text

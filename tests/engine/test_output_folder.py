@@ -23,14 +23,13 @@ from dset_d2.engine.folder import claimed
 from dset_d2.engine.hooks import BestCheckpointer
 from dset_d2.tools import lazyconfig_train_net
 from dset_d2.tools.common import UsageError
-from dset_d2.tools.lazyconfig_train_net import check_data_set_names
+from dset_d2.tools.preparation import check_data_set_names
 
 from .test_launchers import TINY
 
 CONFIG = "configs/rtdetr/rtdetrv2_r18_custom.py"
 SETTINGS = [
     *TINY,
-    "model.decoder.num_classes=2",
     "train.max_iter=2",
     "train.eval_period=2",
     "train.checkpointer.period=1",
@@ -54,6 +53,13 @@ def images(tmp_path_factory) -> Path:
     content = {"images": entries, "annotations": boxes, "categories": categories}
     (folder / "coco.json").write_text(json.dumps(content))
     register_coco_instances("launcher_images", {}, str(folder / "coco.json"), str(folder))
+    # The first image alone, and other classes.
+    content["images"], content["annotations"] = entries[:1], boxes[:1]
+    (folder / "one.json").write_text(json.dumps(content))
+    register_coco_instances("launcher_one", {}, str(folder / "one.json"), str(folder))
+    content["categories"] = categories[:1]
+    (folder / "cars.json").write_text(json.dumps(content))
+    register_coco_instances("launcher_cars", {}, str(folder / "cars.json"), str(folder))
     return folder
 
 
@@ -65,7 +71,7 @@ def launch(folder: Path, *options: str) -> None:
     command = ["--config-file", CONFIG, *flags, *SETTINGS, *data, f"train.output_dir={folder}"]
     with pytest.MonkeyPatch.context() as patch:
         # Its handlers would write to the streams of a test that is over.
-        patch.setattr(lazyconfig_train_net, "setup_logger", lambda *_, **__: None)
+        patch.setattr(lazyconfig_train_net, "set_up_logs", lambda *_: None)
         lazyconfig_train_net.run([*command, *overrides])
 
 
@@ -239,6 +245,38 @@ def test_what_is_wrong_is_named_before_the_first_step(tmp_path, images, finished
         assert message in error, error
         assert override.split("=")[0].split(".")[0] in error
     assert not list((tmp_path / "new").glob("*.pth"))
+
+
+def test_several_test_sets_are_evaluated_each(tmp_path, images, capsys):
+    names = "dataloader.test.dataset.names=[launcher_one,launcher_images]"
+    error = refused(capsys, tmp_path, names)
+    assert "train.best_metric='bbox/AP' is no metric; there is: launcher_images/bbox/AP, " in error
+    assert "launcher_one/bbox/AP" in error
+    error = refused(capsys, tmp_path, "dataloader.test.dataset.names=[launcher_one,launcher_cars]")
+    assert "'launcher_cars' and 'launcher_one' must have the same categories" in error
+
+    launch(tmp_path, names, "train.best_metric=launcher_one/bbox/AP50")
+    (last,) = (m for m in metrics(tmp_path) if "launcher_one/bbox/AP" in m)
+    assert {"launcher_images/bbox/AP50", "launcher_one/bbox/AP-car"} <= set(last)
+    assert "bbox/AP" not in last
+    best = read(tmp_path / "model_best.pth")["best"]["best_metric"]
+    assert best == pytest.approx(last["launcher_one/bbox/AP50"])
+    for name, count in (("launcher_one", 1), ("launcher_images", 2)):
+        found = json.loads((tmp_path / name / "coco_instances_results.json").read_text())
+        assert len({detection["image_id"] for detection in found}) == count
+
+    evaluated = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lazyconfig_train_net, "print_csv_format", evaluated.append)
+        launch(tmp_path, "--eval-only", names, f"train.init_checkpoint={tmp_path}/model_best.pth")
+    assert [result["bbox"]["AP50"] for result in evaluated] == [
+        pytest.approx(last[f"{name}/bbox/AP50"]) for name in ("launcher_one", "launcher_images")
+    ]
+
+
+def test_one_test_set_in_brackets_keeps_its_metrics(tmp_path, images):
+    launch(tmp_path, "dataloader.test.dataset.names=[launcher_one]", "train.max_iter=1")
+    assert "bbox/AP" in metrics(tmp_path)[-1]
 
 
 def test_weights_that_do_not_fit_or_may_run_code_stop_it(tmp_path, images, capsys):

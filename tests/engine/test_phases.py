@@ -13,8 +13,14 @@ from detectron2.engine.defaults import create_ddp_model
 
 from dset_d2.engine.ema import ModelEMA
 from dset_d2.engine.hooks import EMAHook
-from dset_d2.engine.optimizer import build_adamw, flat_cosine, parameter_groups
-from dset_d2.modeling import LoRAConfig, forward_context
+from dset_d2.engine.optimizer import (
+    UnfreezingDrops,
+    build_adamw,
+    flat_cosine,
+    parameter_groups,
+    warmup_constant,
+)
+from dset_d2.modeling import FreezeConfig, LoRAConfig, forward_context
 
 from ..conftest import in_two_processes, make_inputs, tiny_dinov3
 
@@ -22,6 +28,11 @@ VIT = "backbone.dinov3."
 STEPS, UNFREEZE = 5, 2
 TRAINED = tuple(f"{VIT}blocks.{i}." for i in (2, 3, 4, 5)) + (f"{VIT}norm.",)
 PHASES = {"freeze": {"unfreeze_step": UNFREEZE, "unfreeze_blocks": 4}}
+
+
+# The last three blocks one by one, from steps 1, 3 and 5 on; the final norm with the last one.
+LAYERED = {"freeze": {"unfreeze_step": 1, "unfreeze_blocks": 3, "unfreeze_every": 2}}
+LAYERED_STEPS = 6
 
 
 class Batches:
@@ -43,7 +54,12 @@ def make_trainer(model, first: int = 0, rank: int = 0) -> SimpleTrainer:
     params = parameter_groups(plain, base_lr=1e-2, weight_decay=0.5, rules=rules)
     optimizer = build_adamw(params, lr=1e-2, weight_decay=0.5)
     trainer = SimpleTrainer(model, Batches(first, rank), optimizer)
-    schedule = flat_cosine(max_iter=STEPS, warmup_iters=1, flat=0.5, floor=0.5)
+    freeze = plain.backbone.phases.config
+    if freeze is not None and freeze.unfreeze_every:
+        flat = warmup_constant(LAYERED_STEPS, warmup_iters=0)
+        schedule = UnfreezingDrops(flat, LAYERED_STEPS, freeze, last=0.125)
+    else:
+        schedule = flat_cosine(max_iter=STEPS, warmup_iters=1, flat=0.5, floor=0.5)
     trainer.register_hooks([hooks.LRScheduler(scheduler=schedule)])
     return trainer
 
@@ -222,9 +238,91 @@ def test_lora_is_trained_while_the_rest_is_dormant():
     assert moved(before, snapshot(model)) == updates | trained_later(model)
 
 
+# Layer by layer.
+
+
+def parts_trained(step: int) -> tuple[str, ...]:
+    """Prefixes of what the run that is LAYERED trains of the ViT at a step."""
+    begun = [index for index, start in ((5, 1), (4, 3), (3, 5)) if step >= start]
+    return (f"{VIT}norm.",) * bool(begun) + tuple(f"{VIT}blocks.{index}." for index in begun)
+
+
+def parameters_trained(model: torch.nn.Module, step: int) -> set[str]:
+    return {n for n, _ in model.named_parameters() if n.startswith(parts_trained(step) or ("-",))}
+
+
+def test_blocks_are_trained_one_by_one_at_falling_rates():
+    model = tiny_dinov3(**LAYERED)
+    trainer = make_trainer(model)
+    snapshots, counts, rates = [snapshot(model)], [], []
+
+    def watch() -> None:
+        snapshots.append(snapshot(model))
+        found = {name for name, p in model.named_parameters() if p.grad is not None}
+        counts.append(len({name for name in found if name.startswith(VIT)}))
+        rates.append(max(group["lr"] for group in trainer.optimizer.param_groups))
+
+    trainer._hooks.insert(0, watcher := Watch(watch))  # before the schedule sets the next rate
+    watcher.trainer = trainer
+    trainer.train(0, LAYERED_STEPS)
+    parameters = {name for name, _ in model.named_parameters()}
+    for step, (before, after) in enumerate(zip(snapshots, snapshots[1:])):
+        assert moved(before, after) & parameters == parameters_trained(model, step), step
+    assert counts == [0, 17, 17, 32, 32, 47]  # 15 of each block, 2 of the norm
+    assert rates == pytest.approx([1e-2, 5e-3, 5e-3, 2.5e-3, 2.5e-3, 1.25e-3])
+
+
+def test_modes_follow_the_blocks():
+    model = tiny_dinov3(**LAYERED)
+    vit = model.backbone.dinov3
+    make_trainer(model).train(0, 4)
+    assert [vit.blocks[index].training for index in (3, 4, 5)] == [False, True, True]
+    assert vit.norm.training
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_resumed_between_two_blocks(stop):
+    checkpoints, snapshots = [], []
+    model = tiny_dinov3(**LAYERED)
+    trainer = make_trainer(model)
+
+    def watch() -> None:
+        states = {"model": model.state_dict(), "trainer": trainer.state_dict()}
+        checkpoints.append(copy.deepcopy(states))
+        snapshots.append(snapshot(model))
+
+    trainer.register_hooks([Watch(watch)])
+    trainer.train(0, LAYERED_STEPS)
+    model = tiny_dinov3(**LAYERED)
+    trainer = make_trainer(model, first=stop)
+    model.load_state_dict(checkpoints[stop - 1]["model"])
+    trainer.load_state_dict(checkpoints[stop - 1]["trainer"])
+    trainer.train(stop, LAYERED_STEPS)
+    assert not moved(snapshots[-1], snapshot(model), "")
+
+
+def test_drops_of_the_rate():
+    freeze = FreezeConfig(unfreeze_step=300, unfreeze_blocks=4, unfreeze_every=100)
+    flat = warmup_constant(max_iter=1000, warmup_iters=100)
+    rates = UnfreezingDrops(flat, 1000, freeze, last=0.1)
+    found = [rates(step / 1000) for step in (50, 299, 300, 399, 400, 500, 599, 600, 1000)]
+    drop = 0.1**0.25
+    expected = [0.5, 1, drop, drop, drop**2, drop**3, drop**3, 0.1, 0.1]
+    assert found == pytest.approx(expected, abs=0.006)
+    together = UnfreezingDrops(flat, 1000, FreezeConfig(unfreeze_step=300), last=0.1)
+    assert [together(step / 1000) for step in (299, 300)] == pytest.approx([1, 0.1])
+    for never in (None, FreezeConfig()):
+        assert UnfreezingDrops(flat, 1000, never)(1.0) == 1
+    with pytest.raises(ValueError, match=r"last=0 must lie in \(0, 1\]"):
+        UnfreezingDrops(flat, 1000, freeze, last=0)
+
+
+# Two processes.
+
+
 def worker(rank: int, folder: str) -> None:
     for name, options in DISTRIBUTED.items():
-        model = tiny_dinov3(**PHASES, **options)
+        model = tiny_dinov3(**(PHASES | options))
         parallel = create_ddp_model(
             model, device_ids=None, broadcast_buffers=False, find_unused_parameters=False
         )
@@ -239,6 +337,9 @@ DISTRIBUTED = {
     "plain": {},
     "lora": {"lora": LoRAConfig(rank=2, blocks=5)},
     "checkpointing": {"gradient_checkpointing": True},
+    "layered": LAYERED,
+    "layered_lora": LAYERED
+    | {"lora": LoRAConfig(rank=2, blocks=5), "gradient_checkpointing": True},
 }
 
 
@@ -257,6 +358,12 @@ def test_two_processes(distributed, name):
     for a, b in zip(*ranks):  # different images, one model (but for BatchNorm's statistics)
         assert not moved(a, b, "") & parameters
     updates = {k for k in first[0] if ".lora_" in k}
+    if name.startswith("layered"):
+        for step, (before, after) in enumerate(zip(first, first[1:])):
+            prefixes = parts_trained(step)
+            begun = {k for k in parameters if k.startswith(prefixes) and not k.endswith("k_bias")}
+            assert moved(before, after) == updates | begun
+        return
     later = {k for k in first[0] if k.startswith(TRAINED) and not k.endswith("k_bias")}
     assert moved(first[0], first[UNFREEZE]) == updates
     assert moved(first[UNFREEZE], first[UNFREEZE + 1]) == updates | later

@@ -14,7 +14,7 @@ from dset_d2.clock import TrainingClock
 from dset_d2.config import apply_overrides
 from dset_d2.tools import lazyconfig_train_net
 from dset_d2.tools.common import UsageError
-from dset_d2.tools.lazyconfig_train_net import fit_schedules
+from dset_d2.tools.preparation import fit_schedules
 
 from .test_launchers import OURS, ROOT, TINY, datasets, environment  # noqa: F401
 
@@ -152,7 +152,7 @@ def test_epochs_are_true_and_a_checkpoint_of_another_run_goes_on(scenes, tmp_pat
 
 
 def test_check_tries_a_run_and_writes_nothing(scenes, tmp_path, capsys):
-    launch(tmp_path / "run", "--check", "train.epochs=3")
+    launch(tmp_path / "run", "--check", "train.epochs=3", "train.eval_period=0")
     found = capsys.readouterr().out
     for text in ("8 images for training", "weights: random", "12 steps, 3.0 epochs", "bbox/AP is"):
         assert text in found, found

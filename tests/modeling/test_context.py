@@ -255,7 +255,7 @@ def test_names_that_coincide_are_an_error():
 
 
 def test_a_model_can_be_copied_right_after_a_training_forward():
-    model = sparse_model(spatial_prior=True).train()
+    model = sparse_model(spatial_prior="flat").train()
     losses = model(make_inputs([(96, 128)]))
     again = copy.deepcopy(model)
     sum(losses.values()).backward()

@@ -14,7 +14,7 @@ from torch import nn
 
 import dset_d2
 from dset_d2.analysis import deployed_parameters
-from dset_d2.checkpoint import load_dinov3, load_upstream
+from dset_d2.checkpoint import load_dinov3, load_initial, load_upstream
 from dset_d2.modeling import (
     DINOv3,
     FreezeConfig,
@@ -25,7 +25,7 @@ from dset_d2.modeling import (
 )
 from dset_d2.modeling.lora import LoRALinear
 
-from ..conftest import make_inputs, tiny_dinov3, tiny_model
+from ..conftest import make_inputs, tiny_config, tiny_dinov3, tiny_model
 from ..fixtures import fill
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/dinov3_vits16_sta.npz"
@@ -127,6 +127,20 @@ def test_plain_adapters_norm(image):
     )
 
 
+def test_plain_adapters_upsampling():
+    """Nearest repeats the cells of a 1x1 convolution, bilinear mixes them."""
+    nearest, bilinear = (PlainAdapter(8, 4, upsampling=mode) for mode in ("nearest", "bilinear"))
+    bilinear.load_state_dict(nearest.state_dict())
+    maps = [torch.randn(2, 8, 3, 5)]
+    with torch.no_grad():
+        fine, middle, coarse = nearest(None, maps)
+        repeated = nearest.convs[0](maps[0].repeat_interleave(2, 2).repeat_interleave(2, 3))
+        other = bilinear(None, maps)
+    torch.testing.assert_close(fine, repeated)
+    assert not torch.allclose(other[0], fine)
+    torch.testing.assert_close(other[1:], [middle, coarse])
+
+
 # Weights.
 
 
@@ -150,22 +164,38 @@ def official(backbone: DINOv3) -> dict[str, torch.Tensor]:
     return renamed
 
 
-@pytest.mark.parametrize("origin", ["official", "timm", "deimv2"])
-@pytest.mark.parametrize("whole", [True, False])
-def test_weights_of_all_origins(tmp_path, image, origin, whole):
+def write_weights(folder: Path, origin: str, source: DINOv3) -> Path:
+    """A file of a backbone's weights as one of their publishers writes it."""
+    path = folder / ("model.safetensors" if origin.endswith("safetensors") else "weights.pth")
+    if origin.startswith("official"):
+        state = official(source)
+    elif origin.startswith("timm"):
+        state = source.dinov3.state_dict()
+    else:
+        state = {f"dinov3.{k}": v for k, v in official(source).items()}
+        state |= source.adapter.state_dict()
+    if origin == "deimv2 detector":
+        state = {f"backbone.{k}": v for k, v in state.items()} | {"decoder.x": torch.ones(1)}
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"ema": {"module": state}} if origin.startswith("deimv2") else state, path)
+    return path
+
+
+def trained_source() -> DINOv3:
     source = tiny()
     with torch.no_grad():
         for parameter in source.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    path = tmp_path / "weights.pth"
-    if origin == "official":
-        torch.save(official(source), path)
-    elif origin == "timm":
-        path = tmp_path / "model.safetensors"
-        save_file(source.dinov3.state_dict(), path)
-    else:
-        state = {f"dinov3.{k}": v for k, v in official(source).items()}
-        torch.save({"ema": {"module": state | source.adapter.state_dict()}}, path)
+    return source
+
+
+@pytest.mark.parametrize("origin", ["official", "timm safetensors", "deimv2"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_weights_of_all_origins(tmp_path, image, origin, whole):
+    source = trained_source()
+    path = write_weights(tmp_path, origin, source)
     if whole:  # a detector, by the loader of all released weights
         model = tiny_dinov3()
         model.backbone.adapter = SpatialTuningAdapter(32, 16, 4)
@@ -179,6 +209,43 @@ def test_weights_of_all_origins(tmp_path, image, origin, whole):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
         same = torch.allclose(backbone(image)["p3"], source(image)["p3"], atol=1e-5)
     assert same == (origin == "deimv2")
+
+
+CONFIGS = sorted(
+    path.name for path in Path(__file__).parents[2].glob("projects/dfine_dinov3/configs/*.py")
+)
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["official", "official safetensors", "timm", "timm safetensors", "deimv2", "deimv2 detector"],
+)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_config_starts_from_the_files_as_they_are(tmp_path, image, caplog, config, origin):
+    """By the launcher's loader; what an adapter of another kind or size holds is left out."""
+    source = trained_source()
+    cfg = tiny_config(f"projects/dfine_dinov3/configs/{config}").model
+    cfg.backbone.update(vit=TINY, taps=[1, 3, 5] if len(cfg.backbone.taps) == 3 else [5])
+    cfg.backbone.adapter.in_channels = 32
+    model = instantiate(cfg).eval()
+    start = {k: v.clone() for k, v in model.backbone.adapter.state_dict().items()}
+    load_initial(model, write_weights(tmp_path, origin, source))
+    with torch.no_grad():
+        last, expected = model.backbone.maps(image)[-1], source.maps(image)[-1]
+    torch.testing.assert_close(last, expected, rtol=0, atol=1e-6)
+    assert not model.backbone.is_fresh()
+    torch.testing.assert_close(model.backbone.adapter.state_dict(), start)
+    assert ("does not fit the adapter, which stays fresh" in caplog.text) == ("deim" in origin)
+    assert ("the backbone alone is taken" in caplog.text) == (origin == "deimv2 detector")
+
+
+def test_a_fitting_adapter_comes_along(tmp_path, image):
+    source = trained_source()
+    model = tiny_dinov3()
+    model.backbone.adapter = SpatialTuningAdapter(32, 16, 4)
+    load_initial(model.eval(), write_weights(tmp_path, "deimv2 detector", source))
+    with torch.no_grad():
+        torch.testing.assert_close(model.backbone(image), source(image))
 
 
 def test_a_backbones_own_weights_load():
@@ -237,7 +304,8 @@ def test_a_frozen_vit_without_weights_is_warned_of(caplog, image):
     backbone = tiny(freeze=FreezeConfig()).train()
     backbone(image)
     backbone(image)
-    assert caplog.text.count("frozen with random weights") == 1
+    assert caplog.text.count("its weights are random: start from pretrained ones") == 1
+    assert "dinov3_vits16_pretrain_lvd1689m-08c60483.pth" in caplog.text
     loaded = tiny(freeze=FreezeConfig()).train()
     state = official(loaded)
     load_dinov3(loaded, state | {"blocks.0.ls1.gamma": torch.rand(32)})
@@ -270,14 +338,14 @@ def test_from_cfg_node():
     plain = DINOv3.from_config(cfg, None)
     assert plain["freeze"] is None and plain["lora"] is None
     assert isinstance(plain["adapter"], SpatialTuningAdapter)
-    node.ADAPTER, node.FREEZE, node.LORA_RANK = "plain", True, 4
+    node.ADAPTER.NAME, node.FREEZE.ENABLED, node.LORA.RANK = "plain", True, 4
     held = DINOv3.from_config(cfg, None)
     assert isinstance(held["adapter"], PlainAdapter) and held["lora"].rank == 4
     assert held["freeze"] == FreezeConfig(None, 4)
-    node.UNFREEZE_STEP = 7
+    node.FREEZE.UNFREEZE_STEP = 7
     assert DINOv3.from_config(cfg, None)["freeze"] == FreezeConfig(7, 4)
-    node.ADAPTER = "fpn"
-    with pytest.raises(ValueError, match="MODEL.DINOV3.ADAPTER='fpn'"):
+    node.ADAPTER.NAME = "fpn"
+    with pytest.raises(ValueError, match="MODEL.DINOV3.ADAPTER.NAME='fpn'"):
         DINOv3.from_config(cfg, None)
 
 
@@ -285,6 +353,8 @@ def test_wrong_values():
     for build, message in (
         (lambda: FreezeConfig(-1), "unfreeze_step=-1"),
         (lambda: FreezeConfig(0, 0), "unfreeze_blocks=0"),
+        (lambda: FreezeConfig(0, 4, -1), "unfreeze_every=-1"),
+        (lambda: PlainAdapter(4, 4, upsampling="cubic"), "upsampling='cubic'"),
         (lambda: LoRAConfig(rank=0), "rank=0"),
         (lambda: LoRAConfig(alpha=0), "alpha=0"),
         (lambda: LoRAConfig(blocks=0), "blocks=0"),

@@ -94,6 +94,7 @@ def test_experts_take_the_place_and_the_ffn_returns(make):
     dense = seam.replace(moe)
     torch.testing.assert_close(run(), before, rtol=1e-5, atol=1e-5)
     assert called == [1] and find_ffns(block) == {}
+    assert seam.dropout == {ours: 0.1}.get(make, 0.0)
     assert any("router" in name for name in block.state_dict())
     seam.put(dense)
     assert torch.equal(run(), before) and list(block.state_dict()) == names

@@ -5,6 +5,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from detectron2.utils import logger
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -19,6 +20,7 @@ from dset_d2.modeling import (
     SetCriterion,
 )
 from dset_d2.modeling.context import current
+from dset_d2.modeling.meta_arch import collapse_share, log_records
 from dset_d2.modeling.sparse import MoE, MoEConfig
 
 from ..conftest import make_inputs, make_targets, tiny_model
@@ -77,6 +79,43 @@ def test_a_second_meta_architecture_needs_no_copy():
     assert not torch.equal(*(found[i]["instances"].pred_boxes.tensor for i in (0, 3)))
     with pytest.raises(ValueError, match="keep_ratio=0.5: the model has no part.* it has top_k"):
         model(inputs, knobs=Knobs(keep_ratio=0.5))
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "share"),
+    [(6, 3, 0.75), (6, 1, 0.5 + 0.5 / 6), (4, 2, 0.75), (2, 1, 0.75), (3, 2, 5 / 6)],
+)
+def test_a_collapse_is_half_way_from_a_fair_share_to_all(
+    num_experts, top_k, share, caplog, monkeypatch
+):
+    assert collapse_share(num_experts, top_k) == pytest.approx(share)
+    for taken, warns in ((share - 0.01, False), (share + 0.01, True)):
+        caplog.clear()
+        monkeypatch.setattr(logger, "_LOG_TIMER", {})
+        others = (top_k - taken) / (num_experts - 1)
+        shares = torch.tensor([taken] + [others] * (num_experts - 1))
+        with EventStorage() as storage:
+            log_records({"moe/decoder_0": Seen(shares)})
+        assert storage.latest()["moe/decoder_0/usage_1"][0] == pytest.approx(others / top_k)
+        assert ("moe/decoder_0: " in caplog.text and "by expert 0" in caplog.text) == warns
+
+
+def test_a_layer_that_uses_all_its_experts_has_not_collapsed(caplog, monkeypatch):
+    monkeypatch.setattr(logger, "_LOG_TIMER", {})
+    with EventStorage():
+        log_records({"moe/decoder_0": Seen(torch.tensor([1.0, 1.0000001]))})
+    assert caplog.text == ""
+
+
+class Seen:
+    """The record of a layer of whose tokens each expert has a share."""
+
+    def __init__(self, shares: torch.Tensor) -> None:
+        self.shares = shares
+
+    def statistics(self) -> dict[str, torch.Tensor]:
+        usage = self.shares / self.shares.sum()
+        return {"usage": usage, "coactivation": self.shares.diag(), "entropy": torch.tensor(1.0)}
 
 
 def test_detections_are_tensors_of_the_best_pairs():

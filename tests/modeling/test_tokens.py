@@ -38,6 +38,20 @@ def test_a_map_of_kept_tokens_knows_their_cells():
     assert tokens.prune(None) is tokens and TokenMap((2, 4)).valid is None
 
 
+def test_regions_are_squares_of_each_image_and_of_its_padding():
+    padding = Padding(torch.tensor([[5, 3], [2, 3]]), (5, 3))
+    regions = TokenMap((3, 5), padding).regions(2, 2, torch.device("cpu"))
+    first, second = regions.index.view(2, 3, 5)
+    assert first.tolist() == [[0, 0, 1, 1, 2], [0, 0, 1, 1, 2], [3, 3, 4, 4, 5]]
+    assert second[:, :2].tolist() == [[6, 6], [6, 6], [9, 9]]
+    assert regions.count == 24 and second[:, 2:].min() >= 12  # padding's numbers are apart
+    values = torch.randn(30, 2, dtype=torch.float64, requires_grad=True)
+    means = regions.mean(values).view(2, 3, 5, 2)
+    torch.testing.assert_close(means[0, 2, 4], values[14])
+    torch.testing.assert_close(means[0, 1, 0], values[[0, 1, 5, 6]].mean(0))
+    assert torch.autograd.gradcheck(regions.mean, values)
+
+
 def test_one_image_alone_has_its_gradients():
     """Those of a batch that holds it twice. BatchNorm on a CPU gives others without our doing."""
     model = tiny_model(num_denoising=0).train()

@@ -73,6 +73,7 @@ def test_a_run_that_did_not_start_can_be_corrected(tmp_path):
         (["--variant", "a/b:"], "'a/b' names a folder"),
         (["--variant", "a:", "--variant", " a: x=1"], "--variant: given more than once: a"),
         (["--variant", "a:", "--seeds", "1", "0", "1"], "--seeds: given more than once: 1"),
+        (["--variant", "a: dataloader.test.dataset.names=[x,y]"], "dataloader.test names x, y: "),
     ],
 )
 def test_variants_are_told_apart_before_anything_is_trained(options, message, tmp_path, capsys):

@@ -9,7 +9,10 @@ import torch
 from detectron2.config import instantiate
 
 import dset_d2
-from dset_d2.tools.common import ConfigToolParser
+from dset_d2.tools.common import ConfigToolParser, read_config
+
+from ..data.test_coco import names, write
+from ..test_configs import ROOT
 
 CONFIG = "configs/rtdetr/rtdetrv2_r18_roadside.py"
 TOOLS = {
@@ -140,6 +143,42 @@ def test_misspelt_data_sets_are_named_with_the_nearest(error_of, tmp_path):
     wrong = "dataloader.test.dataset.names=dair_v2x_i_vall"
     error = error_of("visualize", *options, "--output", "out", wrong)
     check(error, ["no data set 'dair_v2x_i_vall'; the nearest is 'dair_v2x_i_val'"])
+
+
+CUSTOM = sorted(
+    path.relative_to(ROOT).as_posix()
+    for top in ("configs", "projects")
+    for path in ROOT.glob(f"{top}/**/*_custom.py")
+)
+
+
+def test_custom_configs_stand_for_every_family():
+    assert len(CUSTOM) == 4
+
+
+@pytest.mark.parametrize("config", CUSTOM)
+def test_classes_are_counted_where_they_are_not_given(config, tmp_path, error_of):
+    file, name = write(tmp_path), next(names)
+    own = [f"dataloader.test.dataset.names={name}", f"dataloader.test.dataset.json_file={file}"]
+    own += [f"dataloader.test.dataset.image_root={tmp_path}"]
+    cfg = read_config(config, own)
+    assert cfg.model.decoder.num_classes == cfg.model.criterion.num_classes == 2
+    assert read_config(config, [*own, "model.decoder.num_classes=3"]).model.decoder.num_classes == 3
+    # Registered by now. Training's is asked first.
+    assert read_config(config, own[:1]).model.decoder.num_classes == 2
+    write(tmp_path, categories=("car", "bus", "cone"))
+    other = next(names)
+    train = [override.replace(".test.", ".train.").replace(name, other) for override in own]
+    assert read_config(config, [*own[:1], *train]).model.decoder.num_classes == 3
+
+    error = error_of("benchmark", "--config-file", config)
+    check(error, ["num_classes is that of the data set: ", "'custom_train': set json_file"])
+    error = error_of("benchmark", "--config-file", config, "dataloader.train.dataset.names=[]")
+    check(error, ["num_classes is that of the data set: ", "names no data set"])
+    (tmp_path / "set.json").write_text("{")
+    train[0] = f"dataloader.train.dataset.names={next(names)}"
+    error = error_of("benchmark", "--config-file", config, *train)
+    check(error, ["num_classes is that of the data set: ", "set.json: not a COCO file"])
 
 
 @pytest.mark.parametrize(

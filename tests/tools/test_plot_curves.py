@@ -34,25 +34,29 @@ def test_figure(tmp_path, capsys):
     runs = [f"dense={write_run(tmp_path / 'a')}", f"dense={write_run(tmp_path / 'b', 1.0)}"]
     runs.append(f"sparse={write_run(tmp_path / 'c', 3.0)}")
     image = run(tmp_path, runs, "--epoch-iters", "40")
-    assert image.size == (3 * 780, 600)
+    assert image.size == (3 * 960, 600)
     assert len(np.unique(np.asarray(image).reshape(-1, 4), axis=0)) > 50
     assert "drawn to" in capsys.readouterr().out
-    assert run(tmp_path, runs, "--metrics", "total_loss").size == (780, 600)
+    assert run(tmp_path, runs, "--metrics", "total_loss").size == (960, 600)
 
 
 def test_panels_curves_and_shades(tmp_path):
     runs = [f"dense={write_run(tmp_path / 'a')}", f"dense={write_run(tmp_path / 'b', 1.0)}"]
     runs.append(f"sparse={write_run(tmp_path / 'c', 3.0)}")
     figure = plot_curves.draw(load(runs, "total_loss", "bbox/AP"), epoch_iters=40)
-    assert [axes.get_title() for axes in figure.axes] == ["total_loss", "bbox/AP"]
+    assert [axes.get_title() for axes in figure.axes] == ["total_loss", "bbox/AP, %"]
     axes = figure.axes[1]
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == ["dense (mean of 2)", "sparse"]
     dense, sparse = axes.get_lines()
+    for label, line in zip(axes.texts, (dense, sparse), strict=True):
+        assert tuple(label.get_color()) == tuple(line.get_color())
+        assert label.xy == (119, line.get_ydata()[-1])  # its end
+    assert [x.get_text() for x in axes.texts] == ["dense (mean of 2)", "sparse"]
+    assert axes.texts[0].xyann[1] < axes.texts[1].xyann[1]
     np.testing.assert_array_equal(dense.get_xdata(), [39, 79, 119])
     np.testing.assert_allclose(dense.get_ydata(), np.array([3.9, 7.9, 11.9]) + 0.5)
     np.testing.assert_allclose(sparse.get_ydata(), np.array([3.9, 7.9, 11.9]) + 3)
     (shade,) = axes.collections
+    assert tuple(shade.get_facecolor()[0][:3]) == tuple(dense.get_color())
     low, high = shade.get_paths()[0].get_extents().intervaly
     assert low == pytest.approx(3.9) and high == pytest.approx(12.9)
     (top,) = axes.child_axes
@@ -60,6 +64,24 @@ def test_panels_curves_and_shades(tmp_path):
     assert top.get_xlabel() == "epoch" and axes.get_xlabel() == "iteration"
     left, right = axes.get_xlim()
     np.testing.assert_allclose(top.get_xlim(), ((left + 1) / 40, (right + 1) / 40))
+
+
+def test_six_curves_look_different():
+    figure = plot_curves.draw(
+        {"bbox/AP": {f"{i}": (np.arange(3), np.full((1, 3), 5.0)) for i in range(6)}}
+    )
+    lines = figure.axes[0].get_lines()
+    assert len({tuple(line.get_color()) for line in lines}) == 6
+    assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == 6
+
+
+def test_labels_stand_apart():
+    heights = plot_curves.apart([0.5, 0.1, 0.5, 0.52], gap=0.05)
+    assert heights[1] == pytest.approx(0.1)
+    others = sorted(heights[:1] + heights[2:])
+    np.testing.assert_allclose(np.diff(others), 0.05)
+    assert np.mean(others) == pytest.approx(np.mean([0.5, 0.5, 0.52]))
+    assert plot_curves.apart([], gap=0.05) == []
 
 
 def test_half_written_lines_are_left_out_with_a_warning(tmp_path, capsys):

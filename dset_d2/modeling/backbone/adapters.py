@@ -5,16 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import convolution
+from ..layers import check_choice, convolution
 
 LEVELS = ("p3", "p4", "p5")  # strides 8, 16, 32
 
 
-def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, C, H, W) -> (B, C, *size), bilinear."""
-    if x.shape[2:] == size:
-        return x
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+def resize(x: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
+    """(B, C, H, W) -> (B, C, *size)."""
+    return x if x.shape[2:] == size else F.interpolate(x, size=size, mode=mode)
 
 
 class PlainAdapter(nn.Module):
@@ -24,12 +22,21 @@ class PlainAdapter(nn.Module):
         in_channels: width of the ViT.
         out_channels: width of all levels.
         layer_norm: normalise the tokens once more before.
+        upsampling: "bilinear" or "nearest".
     """
 
     maps = (1, 2, 3)  # how many of the ViT's maps it takes; it reads the last one
 
-    def __init__(self, in_channels: int, out_channels: int, layer_norm: bool = False) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        layer_norm: bool = False,
+        upsampling: str = "bilinear",
+    ) -> None:
         super().__init__()
+        check_choice("upsampling", upsampling, ("bilinear", "nearest"))
+        self.upsampling = upsampling
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.norm = nn.LayerNorm(in_channels) if layer_norm else nn.Identity()
@@ -46,7 +53,8 @@ class PlainAdapter(nn.Module):
         x = self.norm(maps[-1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         fine, middle, coarse = (conv(x) for conv in self.convs)
         # A 1x1 convolution and upsampling commute; in this order they cost a quarter.
-        return [resize(fine, tuple(2 * side for side in x.shape[2:])), middle, coarse]
+        size = tuple(2 * side for side in x.shape[2:])
+        return [resize(fine, size, self.upsampling), middle, coarse]
 
 
 class DetailBranch(nn.Module):

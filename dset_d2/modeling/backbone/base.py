@@ -1,4 +1,5 @@
-"""What the convolutional backbones share: four stages, some of whose outputs are features."""
+"""What backbones share: a warning if they are fine-tuned from random weights; what convolutional
+ones share: four stages, some of whose outputs are features."""
 
 import logging
 from collections.abc import Sequence
@@ -6,17 +7,52 @@ from collections.abc import Sequence
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import check_choice
 
 logger = logging.getLogger(__name__)
 
 
-class ConvBackbone(Backbone):
+class PretrainedBackbone(Backbone):
+    """A backbone that is meant to start from pretrained weights.
+
+    Attributes:
+        pretrained_file: which file holds such weights.
+        fine_tuned: whether it is partly frozen, or trained at a lower rate than the rest (which
+            :func:`dset_d2.engine.optimizer.parameter_groups` finds out).
+        checked: whether training has begun.
+    """
+
+    pretrained_file: str
+    fine_tuned = False
+    checked = False
+
+    def is_fresh(self) -> bool:
+        """Whether no weights were loaded, and none trained."""
+        raise NotImplementedError
+
+    def check_start(self) -> None:
+        """Warn of fine-tuning from random weights; to be called first in each forward.
+
+        Before the first forward in training mode it is not known what a launcher will load.
+        """
+        if self.checked or not self.training:
+            return
+        self.checked = True
+        if self.fine_tuned and self.is_fresh():
+            logger.warning(
+                "The backbone is fine-tuned (partly frozen, or slower than the rest) but its "
+                "weights are random: start from pretrained ones, train.init_checkpoint=FILE, such "
+                "as %s",
+                self.pretrained_file,
+            )
+
+
+class ConvBackbone(PretrainedBackbone):
     """A stem of stride 4 and four stages, of strides 4, 8, 16 and 32."""
 
     stage_names: tuple[str, ...]
-    warned = False
 
     @property
     def size_divisibility(self) -> int:
@@ -32,13 +68,6 @@ class ConvBackbone(Backbone):
 
     def run_stages(self, x: Tensor, stages: Sequence[nn.Module]) -> dict[str, Tensor]:
         """(B, C, H / 4, W / 4) of the stem -> the chosen features by name."""
-        if self.training and not self.warned:
-            self.warned = True
-            if self.is_fresh():
-                logger.warning(
-                    "The backbone's frozen norms were never trained: start from a checkpoint, see "
-                    "train.init_checkpoint and dset_d2.tools.convert_checkpoint"
-                )
         outputs = {}
         for name, stage in zip(self.stage_names, stages):
             x = stage(x)
@@ -50,10 +79,11 @@ class ConvBackbone(Backbone):
         """Stop training of the first ``freeze_at + 1`` parts, and of all norms if asked for."""
         for part in parts[: freeze_at + 1]:
             part.requires_grad_(False)
+        self.fine_tuned = freeze_norm or freeze_at >= 0
         if freeze_norm:
             FrozenBatchNorm2d.convert_frozen_batchnorm(self)
 
     def is_fresh(self) -> bool:
-        """Whether there are frozen norms, and all still have the statistics they start from."""
-        norms = [module for module in self.modules() if isinstance(module, FrozenBatchNorm2d)]
-        return bool(norms) and not any(bool(norm.running_mean.any()) for norm in norms)
+        """Whether all norms still have the means that they start from."""
+        norms = (m for m in self.modules() if isinstance(m, _BatchNorm | FrozenBatchNorm2d))
+        return not any(bool(norm.running_mean.any()) for norm in norms)

@@ -1,23 +1,21 @@
 """DINOv3's ViT (https://arxiv.org/abs/2508.10104) as a backbone, on timm, with an adapter for the
 three scales that a detector wants."""
 
-import logging
-
 import timm
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...arguments import arguments, build
 from ..context import checkpoint_contexts, current
 from ..freezing import FreezeConfig, Phases, zero_gradients
 from ..layers import check_choice
 from ..lora import LoRAConfig, add_lora
 from .adapters import ADAPTERS, LEVELS
-
-logger = logging.getLogger(__name__)
+from .base import PretrainedBackbone
 
 PATCH = 16
 
@@ -32,7 +30,7 @@ OFFICIAL_FILES = {
 
 
 @BACKBONE_REGISTRY.register()
-class DINOv3(Backbone):
+class DINOv3(PretrainedBackbone):
     """A DINOv3 ViT and an adapter: ``p3``, ``p4``, ``p5`` at strides 8, 16, 32.
 
     The input is normalised by ImageNet's mean and standard deviation. Images of one shape that
@@ -86,7 +84,6 @@ class DINOv3(Backbone):
         self.dinov3.blocks = self.dinov3.blocks[: taps[-1] + 1]
         self.adapter = adapter
         self.gradient_checkpointing = gradient_checkpointing
-        self.warned = False
         self._out_features = list(LEVELS)
         self._out_feature_channels = {level: adapter.out_channels for level in LEVELS}
         self._out_feature_strides = dict(zip(LEVELS, (8, 16, 32)))
@@ -94,22 +91,21 @@ class DINOv3(Backbone):
         blocks = self.dinov3.blocks
         first_lora = len(blocks) if lora is None else add_lora(blocks, lora)
         self.phases = Phases(self.dinov3, freeze, first_lora)
+        self.fine_tuned = freeze is not None
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> dict:
-        node = cfg.MODEL.DINOV3
-        check_choice("MODEL.DINOV3.ADAPTER", node.ADAPTER, ADAPTERS)
-        freeze = None
-        if node.FREEZE:
-            step = node.UNFREEZE_STEP
-            freeze = FreezeConfig(None if step < 0 else step, node.UNFREEZE_BLOCKS)
-        return {
-            "adapter": ADAPTERS[node.ADAPTER](node.EMBED_DIM, node.OUT_CHANNELS),
-            "name": node.NAME,
-            "taps": tuple(node.TAPS),
+        node, freeze, lora = cfg.MODEL.DINOV3, None, None
+        check_choice("MODEL.DINOV3.ADAPTER.NAME", node.ADAPTER.NAME, ADAPTERS)
+        if node.FREEZE.ENABLED:
+            freeze = build(FreezeConfig, cfg, "MODEL.DINOV3.FREEZE")
+        if node.LORA.RANK:
+            lora = build(LoRAConfig, cfg, "MODEL.DINOV3.LORA")
+        return arguments(cls, cfg, "MODEL.DINOV3") | {
+            "adapter": build(ADAPTERS[node.ADAPTER.NAME], cfg, "MODEL.DINOV3.ADAPTER"),
+            "vit": dict(node.VIT),
             "freeze": freeze,
-            "lora": LoRAConfig(node.LORA_RANK, node.LORA_ALPHA) if node.LORA_RANK else None,
-            "gradient_checkpointing": node.GRADIENT_CHECKPOINTING,
+            "lora": lora,
         }
 
     @property
@@ -117,13 +113,17 @@ class DINOv3(Backbone):
         return 32
 
     @property
+    def pretrained_file(self) -> str:
+        size = self.name.removeprefix("vit_").split("_patch16")[0]
+        files = f"model.safetensors of https://huggingface.co/timm/{self.name}.lvd1689m"
+        if size in OFFICIAL_FILES:
+            files = f"{OFFICIAL_FILES[size]} of {OFFICIAL} or {files}"
+        return f"{files} (under Meta's DINOv3 licence)"
+
+    @property
     def weights_hint(self) -> str:
         """Where the ViT's weights are to be had, for the error that no file is there."""
-        size = self.name.removeprefix("vit_").split("_patch16")[0]
-        hint = f"model.safetensors of https://huggingface.co/timm/{self.name}.lvd1689m"
-        if size in OFFICIAL_FILES:
-            hint = f"{OFFICIAL_FILES[size]} of {OFFICIAL} or {hint}"
-        return f"download {hint} (under Meta's DINOv3 licence) and save it here, its ending kept"
+        return f"download {self.pretrained_file} and save it here, its ending kept"
 
     def train(self, mode: bool = True) -> "DINOv3":
         """A ViT that is frozen, if only at first, stays in evaluation mode until a step trains it:
@@ -142,6 +142,7 @@ class DINOv3(Backbone):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> {"p3": (B, C, H / 8, W / 8), ...}; odd sides are rounded up."""
+        self.check_start()
         height, width = x.shape[2:]
         x = F.pad(x, (0, -width % PATCH, 0, -height % PATCH))
         return dict(zip(LEVELS, self.adapter(x, self.maps(x))))
@@ -160,18 +161,14 @@ class DINOv3(Backbone):
                 with torch.set_grad_enabled(gradients and (unfrozen or index >= first)):
                     patches = vit.norm(tokens[:, vit.num_prefix_tokens :])
                 maps.append(patches.transpose(1, 2).unflatten(2, shape))
-        if not unfrozen:
-            maps[-1] = zero_gradients(maps[-1], self.phases.late_parameters())
+        if self.training:
+            maps[-1] = zero_gradients(maps[-1], self.phases.dormant_parameters())
         return maps
 
     def begin_step(self) -> tuple[int, bool]:
         """The first block that is trained at the present step, and whether the norm is."""
         step = current().step
         self.phases.begin_step(step)
-        if self.phases.config is not None and not self.warned:
-            self.warned = True
-            if self.is_fresh():
-                logger.warning("The ViT is frozen with random weights: %s", self.weights_hint)
         return self.phases.first_trained(step), self.phases.unfrozen(step)
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:

@@ -9,6 +9,7 @@ from detectron2.config import configurable
 from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 
+from ...arguments import arguments
 from ..layers import check_choice, convolution
 from .base import ConvBackbone
 
@@ -215,6 +216,11 @@ class HGNetv2(ConvBackbone):
         super().__init__()
         check_choice("name", name, ARCHITECTURES)
         stem, stages = ARCHITECTURES[name]
+        if name in ("L", "X"):
+            file = f"PPHGNetV2_{name}_ssld_pretrained_from_paddle.pth of RT-DETR's releases"
+        else:
+            file = f"PPHGNetV2_{name}_stage1.pth of D-FINE's releases"
+        self.pretrained_file = file
         self.set_features(out_features, [stage.out_channels for stage in stages])
         self.stem = Stem(*stem, use_lab)
         self.stages = nn.ModuleList(
@@ -227,15 +233,9 @@ class HGNetv2(ConvBackbone):
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> dict:
-        node = cfg.MODEL.HGNETV2
-        return {
-            "name": node.NAME,
-            "use_lab": node.USE_LAB,
-            "freeze_at": node.FREEZE_AT,
-            "freeze_norm": node.FREEZE_NORM,
-            "out_features": tuple(node.OUT_FEATURES),
-        }
+        return arguments(cls, cfg, "MODEL.HGNETV2")
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> {"stage2": (B, C, H / 8, W / 8), ...} for the chosen features."""
+        self.check_start()
         return self.run_stages(self.stem(x), self.stages)

@@ -7,9 +7,17 @@ from detectron2.config import configurable
 from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 
+from ...arguments import arguments
 from ..layers import ConvNorm, check_choice
 from .base import ConvBackbone
 
+# Of RT-DETR's releases, trained on ImageNet.
+PRETRAINED_FILES = {
+    18: "ResNet18_vd_pretrained_from_paddle.pth",
+    34: "ResNet34_vd_pretrained_from_paddle.pth",
+    50: "ResNet50_vd_ssld_v2_pretrained_from_paddle.pth",
+    101: "ResNet101_vd_ssld_pretrained_from_paddle.pth",
+}
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
@@ -92,6 +100,7 @@ class PResNet(ConvBackbone):
     ) -> None:
         super().__init__()
         check_choice("depth", depth, BLOCKS)
+        self.pretrained_file = f"{PRETRAINED_FILES[depth]} of RT-DETR's releases"
         stem = {
             "conv1_1": ConvNorm(3, 32, 3, 2, act="relu"),
             "conv1_2": ConvNorm(32, 32, 3, act="relu"),
@@ -110,15 +119,10 @@ class PResNet(ConvBackbone):
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> dict:
-        node = cfg.MODEL.PRESNET
-        return {
-            "depth": node.DEPTH,
-            "freeze_at": node.FREEZE_AT,
-            "freeze_norm": node.FREEZE_NORM,
-            "out_features": tuple(node.OUT_FEATURES),
-        }
+        return arguments(cls, cfg, "MODEL.PRESNET")
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> {"res3": (B, C, H / 8, W / 8), ...} for the chosen features."""
+        self.check_start()
         x = F.max_pool2d(self.conv1(x), 3, stride=2, padding=1)
         return self.run_stages(x, self.res_layers)

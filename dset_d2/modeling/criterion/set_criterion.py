@@ -10,6 +10,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
+from ...arguments import arguments, build
 from ..context import current
 from ..registry import CRITERION_REGISTRY
 from .matcher import HungarianMatcher, Matches
@@ -84,7 +85,12 @@ class SetCriterion(nn.Module):
 
     @classmethod
     def from_config(cls, cfg) -> dict:
-        return {"num_classes": cfg.MODEL.DECODER.NUM_CLASSES, "matcher": HungarianMatcher()}
+        weights = cfg.MODEL.CRITERION.WEIGHTS
+        return arguments(cls, cfg, "MODEL.CRITERION") | {
+            "num_classes": cfg.MODEL.DECODER.NUM_CLASSES,
+            "matcher": build(HungarianMatcher, cfg, "MODEL.CRITERION.MATCHER"),
+            "weights": {term: weights[term.upper()] for term in cls.default_weights},
+        }
 
     def forward(self, outputs: dict, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Weighted losses under upstream's names, in fp32 also under autocast.

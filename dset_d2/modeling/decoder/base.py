@@ -8,6 +8,7 @@ import torch
 from detectron2.config import configurable
 from torch import Tensor, nn
 
+from ...arguments import arguments, build
 from ..context import Part, current
 from ..encoder import Encoded
 from ..ffn import make_ffn
@@ -142,10 +143,18 @@ class DETRDecoder(Part):
                 f"num_points={list(num_points)} needs one number for each of the "
                 f"{len(in_channels)} levels of in_channels={list(in_channels)}"
             )
+        if num_classes is None or num_classes < 1:
+            raise ValueError(
+                f"num_classes={num_classes} must be the number of the data set's categories"
+            )
         if not -num_layers <= eval_idx < num_layers:
             raise ValueError(f"eval_idx={eval_idx} is not a layer of num_layers={num_layers}")
         if num_denoising < 0:
             raise ValueError(f"num_denoising={num_denoising} must not be negative")
+        if moe is not None and moe.patch_size > 1:
+            raise ValueError(
+                f"patch_size={moe.patch_size}: queries stand on no feature map; it must be 1"
+            )
         self.num_classes = num_classes
         self.num_queries = num_queries
         self.num_layers = num_layers
@@ -197,21 +206,15 @@ class DETRDecoder(Part):
 
     @classmethod
     def from_config(cls, cfg) -> dict:
-        node = cfg.MODEL.DECODER
-        levels = len(node.NUM_POINTS)
-        return {
-            "num_classes": node.NUM_CLASSES,
-            "in_channels": [cfg.MODEL.ENCODER.HIDDEN_DIM] * levels,
-            "hidden_dim": node.HIDDEN_DIM,
-            "num_queries": node.NUM_QUERIES,
-            "num_heads": node.NUM_HEADS,
-            "num_layers": node.NUM_LAYERS,
-            "dim_feedforward": node.DIM_FEEDFORWARD,
-            "eval_idx": node.EVAL_IDX,
-            "num_points": node.NUM_POINTS,
-            "cross_attn_method": node.CROSS_ATTN_METHOD,
-            "query_select_method": node.QUERY_SELECT_METHOD,
-            "num_denoising": node.NUM_DENOISING,
+        node, moe, memory_pruning = cfg.MODEL.DECODER, None, None
+        if node.MOE.NUM_EXPERTS:
+            moe = build(MoEConfig, cfg, "MODEL.DECODER.MOE")
+        if node.MEMORY_PRUNING.KEEP_RATIO not in (0, 1):
+            memory_pruning = build(MemoryPruningConfig, cfg, "MODEL.DECODER.MEMORY_PRUNING")
+        return arguments(cls, cfg, "MODEL.DECODER") | {
+            "in_channels": [cfg.MODEL.ENCODER.HIDDEN_DIM] * len(node.NUM_POINTS),
+            "moe": moe,
+            "memory_pruning": memory_pruning,
         }
 
     def knob_limits(self) -> dict[str, float]:
@@ -234,6 +237,12 @@ class DETRDecoder(Part):
             training also ``aux_outputs`` (the earlier layers), ``enc_outputs`` (the selected
             tokens) and, with denoising, ``dn_outputs`` (all layers) and ``denoising``.
         """
+        levels = len(self.input_proj)
+        if len(encoded.features) != levels:
+            raise ValueError(
+                f"in_channels and num_points are for {levels} levels of the encoder's "
+                f"{len(encoded.features)}"
+            )
         features = [project(x) for project, x in zip(self.input_proj, encoded.features)]
         shapes = [tuple(x.shape[2:]) for x in features]
         tokens = torch.cat([as_tokens(x) for x in features], dim=1)

@@ -119,15 +119,6 @@ class DFINEDecoder(DETRDecoder):
         self.distribution = EdgeDistribution(reg_max, up, reg_scale)
         self.pre_bbox_head = box_head(self.widths[0])
 
-    @classmethod
-    def from_config(cls, cfg) -> dict:
-        node = cfg.MODEL.DECODER
-        return super().from_config(cfg) | {
-            "layer_scale": node.LAYER_SCALE,
-            "reg_max": node.REG_MAX,
-            "reg_scale": node.REG_SCALE,
-        }
-
     def refine(
         self, content: Tensor, reference: Tensor, attn_mask: Tensor | None, memory: Memory
     ) -> list[dict[str, Tensor]]:

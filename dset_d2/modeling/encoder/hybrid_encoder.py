@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor, nn
 
+from ...arguments import arguments, build
 from ..context import forward_context
 from ..ffn import make_ffn
 from ..layers import ConvNorm, check_choice, constant, projection
@@ -195,19 +196,18 @@ class HybridEncoder(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> dict:
-        node = cfg.MODEL.ENCODER
-        return {
+        node, moe, pruning = cfg.MODEL.ENCODER, None, None
+        if node.MOE.NUM_EXPERTS:
+            moe = build(MoEConfig, cfg, "MODEL.ENCODER.MOE")
+        if node.PRUNING.KEEP_RATIO not in (0, 1):
+            pruning = build(PruningConfig, cfg, "MODEL.ENCODER.PRUNING")
+        levels = len(input_shape)
+        return arguments(cls, cfg, "MODEL.ENCODER") | {
+            "use_encoder_idx": [i + levels if i < 0 else i for i in node.USE_ENCODER_IDX],
             "in_channels": [shape.channels for shape in input_shape.values()],
             "in_features": list(input_shape),
-            "hidden_dim": node.HIDDEN_DIM,
-            "num_heads": node.NUM_HEADS,
-            "dim_feedforward": node.DIM_FEEDFORWARD,
-            "dropout": node.DROPOUT,
-            "use_encoder_idx": [len(input_shape) - 1],
-            "num_encoder_layers": node.NUM_LAYERS,
-            "fusion": node.FUSION,
-            "expansion": node.EXPANSION,
-            "depth_mult": node.DEPTH_MULT,
+            "moe": moe,
+            "pruning": pruning,
         }
 
     def forward(self, features: list[Tensor], padding: Padding | None = None) -> Encoded:

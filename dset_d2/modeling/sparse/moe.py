@@ -5,7 +5,7 @@ Switch Transformer's balance loss (https://arxiv.org/abs/2101.03961) and the rou
 ST-MoE (https://arxiv.org/abs/2202.08906).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ...clock import check_ramp, ramp
 from ..context import Part, current
-from ..layers import activation, check_choice
-from ..tokens import TokenMap
+from ..layers import ACTIVATIONS, activation, check_choice
+from ..tokens import Regions, TokenMap
 
 DISPATCHES = ("auto", "sorted", "grouped_mm", "dense")
 
@@ -32,7 +32,13 @@ class MoEConfig:
             the nearest multiple of 8 if that is no integer): all experts together have the
             parameters of one dense FFN, a token uses ``top_k / num_experts`` of its FLOPs.
             ``dim_feedforward`` costs ``top_k`` dense FFNs.
+        patch_size: tokens of one square of that many cells per side of the feature map share
+            their route, by the mean of their logits; 1 routes every token by itself. Queries
+            stand on no map and take 1 only.
+        act: activation of the experts, "relu", "gelu" or "silu"; None is that of the FFN that
+            they replace.
         balance_weight: weight of the balance loss; where ``top_k`` is 1 it is at least 0.1.
+        balance_reduction: of the balance losses of a stack's layers, "sum" or "mean".
         z_loss_weight: weight of the router z-loss.
         dispatch: "sorted" (one GEMM per expert), "grouped_mm" (one grouped GEMM), "dense" (all
             experts in one static GEMM) or "auto".
@@ -42,9 +48,12 @@ class MoEConfig:
     """
 
     num_experts: int
-    top_k: int
+    top_k: int = 2
     expert_dim: int | None = None
+    patch_size: int = 1
+    act: str | None = None
     balance_weight: float = 0.03
+    balance_reduction: str = "sum"
     z_loss_weight: float = 1e-3
     dispatch: str = "auto"
     temperature: float = 1.0
@@ -59,6 +68,11 @@ class MoEConfig:
             raise ValueError(f"top_k={self.top_k} must lie in 1..num_experts={self.num_experts}")
         if self.expert_dim is not None and self.expert_dim < 1:
             raise ValueError(f"expert_dim={self.expert_dim} must be at least 1 or None")
+        if self.patch_size < 1:
+            raise ValueError(f"patch_size={self.patch_size} must be at least 1")
+        if self.act is not None:
+            check_choice("act", self.act, ACTIVATIONS)
+        check_choice("balance_reduction", self.balance_reduction, ("sum", "mean"))
         for name in ("balance_weight", "z_loss_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
@@ -76,30 +90,31 @@ class MoEConfig:
         # Grouped GEMMs want rows of 16 bytes.
         return max(8, 8 * round(dim_feedforward / self.num_experts / 8))
 
-    def replaces(self, layer: int) -> bool:
-        return self.layers is None or layer in self.layers
-
 
 def moe_layers(config: MoEConfig | None, num_layers: int) -> list[MoEConfig | None]:
-    """The config for each layer that it replaces, None for the dense ones.
+    """The config for each layer of a stack that it replaces, None for the dense ones.
+
+    Its ``layers`` then names them all, so that each layer knows how many share a mean.
 
     Raises:
         ValueError: if ``layers`` names a layer that is not there.
     """
     if config is None:
         return [None] * num_layers
-    unknown = [index for index in config.layers or () if not 0 <= index < num_layers]
+    replaced = range(num_layers) if config.layers is None else config.layers
+    unknown = [index for index in replaced if not 0 <= index < num_layers]
     if unknown:
         raise ValueError(
             f"layers={list(config.layers)} names none of {num_layers} layers: {unknown}"
         )
-    return [config if config.replaces(index) else None for index in range(num_layers)]
+    config = replace(config, layers=tuple(sorted(set(replaced))))
+    return [config if index in config.layers else None for index in range(num_layers)]
 
 
 class Routing(NamedTuple):
     """Where T tokens go. Probabilities are of all experts, gates of the chosen."""
 
-    logits: Tensor  # (T, E) fp32, before the temperature
+    logits: Tensor  # (T, E) fp32, before the temperature; means where tokens share their route
     probabilities: Tensor  # (T, E) fp32
     gates: Tensor  # (T, k) fp32, summing to 1
     experts: Tensor  # (T, k)
@@ -113,10 +128,14 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         nn.init.normal_(self.weight, std=0.02)
 
-    def forward(self, x: Tensor, top_k: int, temperature: float = 1.0) -> Routing:
-        """(T, dim) -> :class:`Routing`."""
+    def forward(
+        self, x: Tensor, top_k: int, temperature: float = 1.0, regions: Regions | None = None
+    ) -> Routing:
+        """(T, dim) -> :class:`Routing`, one for all tokens of a region."""
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())
+            if regions is not None:
+                logits = regions.mean(logits)
             probabilities = (logits / temperature).softmax(-1)
             gates, experts = probabilities.topk(top_k, dim=-1)
             if top_k == 1:
@@ -129,7 +148,9 @@ class Router(nn.Module):
 class GroupedExperts(nn.Module):
     """The weights of E two-layer FFNs, and three ways to run tokens through their experts."""
 
-    def __init__(self, dim: int, expert_dim: int, num_experts: int, act: str) -> None:
+    def __init__(
+        self, dim: int, expert_dim: int, num_experts: int, act: str, dropout: float
+    ) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.w1 = nn.Parameter(torch.empty(num_experts, expert_dim, dim))
@@ -137,6 +158,7 @@ class GroupedExperts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(num_experts, dim, expert_dim))
         self.b2 = nn.Parameter(torch.zeros(num_experts, dim))
         self.act = activation(act)
+        self.dropout = nn.Dropout(dropout)
         for weights in (self.w1, self.w2):
             for weight in weights:
                 nn.init.xavier_uniform_(weight)
@@ -161,11 +183,14 @@ class GroupedExperts(nn.Module):
         """(E,) assignments per expert."""
         return torch.bincount(experts.flatten(), minlength=self.num_experts)
 
+    def activate(self, hidden: Tensor) -> Tensor:
+        return self.dropout(self.act(hidden))
+
     def run_sorted(self, rows: Tensor, experts: Tensor) -> Tensor:
         """One GEMM pair per expert over its segment of rows, whose lengths the host must know."""
         outputs = []
         for expert, segment in enumerate(rows.split(self.counts(experts).tolist())):
-            hidden = self.act(F.linear(segment, self.w1[expert], self.b1[expert]))
+            hidden = self.activate(F.linear(segment, self.w1[expert], self.b1[expert]))
             outputs.append(F.linear(hidden, self.w2[expert], self.b2[expert]))
         return torch.cat(outputs)
 
@@ -178,13 +203,13 @@ class GroupedExperts(nn.Module):
             dtype = torch.get_autocast_dtype(rows.device.type)
         w1, b1, w2, b2 = (p.to(dtype) for p in (self.w1, self.b1, self.w2, self.b2))
         hidden = F.grouped_mm(rows.to(dtype), w1.transpose(1, 2), offs=ends) + b1[owner]
-        return F.grouped_mm(self.act(hidden), w2.transpose(1, 2), offs=ends) + b2[owner]
+        return F.grouped_mm(self.activate(hidden), w2.transpose(1, 2), offs=ends) + b2[owner]
 
     def run_dense(self, x: Tensor, gates: Tensor, experts: Tensor) -> Tensor:
         """Every expert on every token in one GEMM, other experts' gates being 0; static."""
         weight = torch.zeros(len(x), self.num_experts, dtype=gates.dtype, device=x.device)
         weight = weight.scatter(1, experts, gates)
-        hidden = self.act(F.linear(x, self.w1.flatten(0, 1), self.b1.flatten()))
+        hidden = self.activate(F.linear(x, self.w1.flatten(0, 1), self.b1.flatten()))
         hidden = hidden.unflatten(1, (self.num_experts, -1)) * weight[..., None]
         w2 = self.w2.permute(1, 0, 2).flatten(1)  # (dim, E * expert_dim)
         return F.linear(hidden.flatten(1), w2) + weight.to(hidden.dtype) @ self.b2.to(hidden.dtype)
@@ -218,16 +243,19 @@ class MoERecord(NamedTuple):
 
     def losses(self, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Weighted balance and z-losses."""
-        weight = self.config.balance_weight
-        if self.config.top_k == 1:
+        config = self.config
+        weight = config.balance_weight
+        if config.top_k == 1:
             weight = max(weight, 0.1)
+        if config.balance_reduction == "mean" and config.layers:
+            weight = weight / len(config.layers)
         return {
             "balance": weight * balance_loss(self.routing, self.valid),
-            "z": self.config.z_loss_weight * z_loss(self.routing, self.valid),
+            "z": config.z_loss_weight * z_loss(self.routing, self.valid),
         }
 
     def statistics(self) -> dict[str, Tensor]:
-        """Usage (E,), mean entropy () in nats and co-activation (E, E)."""
+        """See :func:`routing_statistics`."""
         return routing_statistics(self.routing, self.valid)
 
 
@@ -237,26 +265,34 @@ class MoE(Part):
     Args:
         dim: channels of the tokens.
         dim_feedforward: hidden units of the FFN that it replaces.
-        act: activation of the experts: "relu", "gelu" or "silu".
+        act: activation of that FFN: "relu", "gelu" or "silu".
+        dropout: of hidden units, in that FFN.
     """
 
     kind = "moe"
 
-    def __init__(self, config: MoEConfig, dim: int, dim_feedforward: int, act: str) -> None:
+    def __init__(
+        self, config: MoEConfig, dim: int, dim_feedforward: int, act: str, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.config = config
         self.router = Router(dim, config.num_experts)
         width = config.width(dim_feedforward)
-        self.experts = GroupedExperts(dim, width, config.num_experts, act)
+        act = config.act or act
+        self.experts = GroupedExperts(dim, width, config.num_experts, act, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) -> (..., dim)."""
+        """(..., dim) -> (..., dim).
+
+        Raises:
+            ValueError: if tokens that stand on no feature map shall share routes.
+        """
         config, context = self.config, current()
         flat = x.reshape(-1, x.shape[-1])
         temperature = ramp(
             context.step, config.start_step, config.end_step, config.temperature, 1.0
         )
-        routing = self.router(flat, self.top_k(), temperature)
+        routing = self.router(flat, self.top_k(), temperature, self.regions(x))
         if context.records is not None:
             valid = None if context.tokens is None else context.tokens.valid
             valid = None if valid is None else valid.flatten()
@@ -265,6 +301,15 @@ class MoE(Part):
         if dispatch == "auto":
             dispatch = choose_dispatch(flat, self.experts.w1.shape[1])
         return self.experts(flat, routing, dispatch).view_as(x)
+
+    def regions(self, x: Tensor) -> Regions | None:
+        """Which of the tokens (B, N, dim) share their route; None if each has its own."""
+        size, where = self.config.patch_size, current().tokens
+        if size == 1:
+            return None
+        if where is None:
+            raise ValueError(f"patch_size={size}: these tokens stand on no feature map")
+        return where.regions(size, len(x), x.device)
 
     def top_k(self) -> int:
         """Experts per token in this call."""
@@ -293,17 +338,23 @@ def masked_mean(values: Tensor, valid: Tensor | None) -> Tensor:
     return torch.einsum("t,t...->...", weight, values)
 
 
-def balance_loss(routing: Routing, valid: Tensor | None = None) -> Tensor:
+def balance(share: Tensor, probability: Tensor) -> Tensor:
     """E * sum_i f_i P_i; exactly 1 for a balanced router, larger otherwise.
 
-    f_i is expert i's share of all assignments, over all processes; P_i its mean probability.
+    Args:
+        share: (E,) f_i, expert i's share of all assignments.
+        probability: (E,) P_i, its mean probability.
     """
+    return len(share) * (share * probability).sum()
+
+
+def balance_loss(routing: Routing, valid: Tensor | None = None) -> Tensor:
+    """The :func:`balance` of the assignments of all processes with the probabilities of this."""
     share = masked_mean(chosen(routing), valid) / routing.experts.shape[1]
     if comm.get_world_size() > 1:
         torch.distributed.all_reduce(share)
         share = share / comm.get_world_size()
-    probability = masked_mean(routing.probabilities, valid)
-    return len(share) * (share * probability).sum()
+    return balance(share, masked_mean(routing.probabilities, valid))
 
 
 def z_loss(routing: Routing, valid: Tensor | None = None) -> Tensor:
@@ -313,15 +364,19 @@ def z_loss(routing: Routing, valid: Tensor | None = None) -> Tensor:
 
 @torch.no_grad()
 def routing_statistics(routing: Routing, valid: Tensor | None = None) -> dict[str, Tensor]:
-    """Usage (E,) as shares of all assignments, mean entropy (), co-activation (E, E).
+    """Usage (E,), balance (), mean entropy () in nats, co-activation (E, E).
 
-    Entry (i, j) of the co-activation is the share of tokens that use both experts i and j.
+    The usage is in shares of all assignments. The balance is the balance loss without its weight,
+    of this process alone. Entry (i, j) of the co-activation is the share of tokens that use both
+    experts i and j.
     """
     used = chosen(routing)
+    usage = masked_mean(used, valid) / routing.experts.shape[1]
     pairs = masked_mean(used[:, :, None] * used[:, None, :], valid)
     entropy = torch.special.entr(routing.probabilities).sum(-1)
     return {
-        "usage": masked_mean(used, valid) / routing.experts.shape[1],
+        "usage": usage,
+        "balance": balance(usage, masked_mean(routing.probabilities, valid)),
         "entropy": masked_mean(entropy, valid),
         "coactivation": pairs,
     }

@@ -19,6 +19,7 @@ from ..layers import MLP, check_choice
 from ..tokens import Padding, TokenMap, prune
 
 PRIOR_SIZE = 16  # cells per side of the learnable prior, which is resized to the feature map
+PRIORS = ("flat", "centre", "lower")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class PruningConfig:
             "after" saves nothing there; the decoder then neither reads nor selects the pruned.
         restore: what a pruned token becomes: "bypass" keeps its feature, "zero" clears it.
         gate: let the task train the scorer, by a factor that is 1 in value.
-        spatial_prior: add a learnable map to the scores: a fixed camera's empty regions.
+        spatial_prior: add a learnable map to the scores: a fixed camera's empty regions. None
+            adds none; "flat" starts at 0, "centre" prefers the picture's centre to its border
+            and "lower" its lower half at the start, by logits of 1 to -1.
         foreground_weight: of the cross entropy with the ground-truth boxes.
         sparsity_weight: of the mean score.
         diversity_weight: of the similarity among the tokens with high scores.
@@ -47,7 +50,7 @@ class PruningConfig:
     placement: str = "before"
     restore: str = "bypass"
     gate: bool = True
-    spatial_prior: bool = False
+    spatial_prior: str | None = None
     foreground_weight: float = 1.0
     sparsity_weight: float = 0.0
     diversity_weight: float = 0.0
@@ -59,6 +62,8 @@ class PruningConfig:
             raise ValueError(f"min_tokens={self.min_tokens} must be at least 1")
         check_choice("placement", self.placement, ("before", "after"))
         check_choice("restore", self.restore, ("bypass", "zero"))
+        if self.spatial_prior is not None:
+            check_choice("spatial_prior", self.spatial_prior, PRIORS)
         check_ramp("PruningConfig", self.start_step, self.end_step)
         for name in ("foreground_weight", "sparsity_weight", "diversity_weight"):
             if getattr(self, name) < 0:
@@ -162,8 +167,8 @@ class TokenPruner(Part):
         super().__init__()
         self.config = config
         self.scorer = MLP(dim, 128, 1, 2)
-        if config.spatial_prior:
-            self.prior = nn.Parameter(torch.zeros(1, 1, PRIOR_SIZE, PRIOR_SIZE))
+        if config.spatial_prior is not None:
+            self.prior = nn.Parameter(spatial_prior(config.spatial_prior)[None, None])
 
     def ratio(self) -> float:
         """The share of the map's tokens that is kept in this call."""
@@ -177,7 +182,7 @@ class TokenPruner(Part):
     def scores(self, tokens: Tensor, where: TokenMap) -> Tensor:
         """Logits (B, N) of how much each token is worth."""
         scores = self.scorer(tokens).squeeze(-1).float()
-        if self.config.spatial_prior:
+        if self.config.spatial_prior is not None:
             prior = F.interpolate(
                 self.prior, size=where.shape, mode="bilinear", align_corners=False
             )
@@ -236,6 +241,13 @@ class MemoryPruner(Part):
         ratio = ramp(context.step, config.start_step, config.end_step, 1.0, config.keep_ratio)
         count = keep_count(context.knobs.memory_ratio or ratio, scores.shape[1], least)
         return None if count == scores.shape[1] else best_tokens(scores, count)
+
+
+def spatial_prior(start: str) -> Tensor:
+    """(PRIOR_SIZE, PRIOR_SIZE) logits that a prior starts from, one of :data:`PRIORS`."""
+    side = (torch.arange(PRIOR_SIZE) + 0.5) * 2 / PRIOR_SIZE - 1  # cells' centres in (-1, 1)
+    y, x = torch.meshgrid(side, side, indexing="ij")
+    return {"flat": torch.zeros_like(y), "centre": 1 - x**2 - y**2, "lower": y.clone()}[start]
 
 
 def valid_mean(values: Tensor, valid: Tensor | None) -> Tensor:

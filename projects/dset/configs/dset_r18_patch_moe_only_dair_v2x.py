@@ -1,7 +1,6 @@
-"""Ablation of DSET-R18: experts in the encoder alone."""
+"""Ablation of DSET-R18: patch MoE beside the decoder's experts, no token pruning."""
 
-from .common.r18 import dataloader, lr_multiplier, model, optimizer, train
-from .common.sparse import patch_moe
+from .dset_r18_dair_v2x import dataloader, lr_multiplier, model, optimizer, train
 
-model.encoder.moe = patch_moe
+model.encoder.pruning = None
 train.output_dir = "./output/dset_r18_patch_moe_only_dair_v2x"

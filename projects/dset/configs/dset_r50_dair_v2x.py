@@ -6,4 +6,3 @@ from .common.sparse import decoder_moe, patch_moe, pruning
 model.encoder.update(pruning=pruning, moe=patch_moe)
 model.decoder.moe = decoder_moe
 train.output_dir = "./output/dset_r50_dair_v2x"
-model.encoder.moe.update(num_experts=6, top_k=3)

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ from detectron2.config import LazyConfig, instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dset_d2.analysis import count_flops
-from dset_d2.modeling import Knobs, forward_context
+from dset_d2.modeling import FFN, Knobs, forward_context
 from dset_d2.modeling.sparse.moe import (
     MoE,
     MoEConfig,
@@ -23,14 +25,16 @@ from dset_d2.modeling.sparse.moe import (
 )
 from dset_d2.modeling.tokens import Padding, TokenMap
 
-from ...conftest import in_two_processes
+from ...conftest import in_two_processes, tiny_model
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
-def make(num_experts=4, top_k=2, act="relu", dim=16, dim_feedforward=32, **settings) -> MoE:
+def make(
+    num_experts=4, top_k=2, act="relu", dim=16, dim_feedforward=32, dropout=0.0, **settings
+) -> MoE:
     torch.manual_seed(0)
-    moe = MoE(MoEConfig(num_experts, top_k, **settings), dim, dim_feedforward, act)
+    moe = MoE(MoEConfig(num_experts, top_k, **settings), dim, dim_feedforward, act, dropout)
     with torch.no_grad():  # biases start at 0 and would hide mistakes
         for parameter in moe.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -43,9 +47,14 @@ def recorded(moe: MoE, x: torch.Tensor) -> MoERecord:
     return context.records["moe"]
 
 
-def by_definition(moe: MoE, x: torch.Tensor) -> torch.Tensor:
-    """Token by token, as the papers write it."""
+def by_definition(moe: MoE, x: torch.Tensor, regions: list[int] | None = None) -> torch.Tensor:
+    """Token by token, as the papers write it; regions share the mean of their logits."""
     routing = moe.router(x, moe.config.top_k)
+    if regions is not None:
+        members = torch.tensor(regions)[:, None] == torch.tensor(regions)
+        logits = torch.stack([routing.logits[row].mean(0) for row in members])
+        gates, experts = logits.softmax(-1).topk(moe.config.top_k)
+        routing = routing._replace(gates=gates / gates.sum(-1, keepdim=True), experts=experts)
     rows = []
     for token, gates, experts in zip(x, routing.gates, routing.experts):
         row = torch.zeros_like(token)
@@ -75,6 +84,138 @@ def test_dispatches_equal_the_definition(dispatch, act, experts, top_k):
     for mine, theirs in zip(*gradients):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
     assert all(g.abs().sum() > 0 for g in gradients[0])
+
+
+# Two images on a map of 3 x 5 cells, the second of them 3 x 2; of its cells some are pruned.
+PADDED = Padding(torch.tensor([[5, 3], [2, 3]]), (5, 3))
+CELLS = torch.tensor([[0, 1, 4, 5, 7, 9, 10, 13, 14], [0, 1, 2, 3, 5, 8, 10, 11, 12]])
+
+
+def regions_of(cells: list[int], columns: int, first: int = 0) -> list[int]:
+    """Squares of 2 x 2 of a map 5 cells wide; cells beyond the columns of an image lie apart."""
+    numbers = [cell // 5 // 2 * 3 + cell % 5 // 2 for cell in cells]
+    return [first + n + (100 if cell % 5 >= columns else 0) for n, cell in zip(numbers, cells)]
+
+
+@pytest.mark.parametrize("dispatch", ["sorted", "grouped_mm", "dense"])
+@pytest.mark.parametrize("padding", [None, PADDED])
+@pytest.mark.parametrize("index", [None, CELLS])
+def test_tokens_of_a_region_share_their_route(dispatch, padding, index):
+    """On whole and pruned maps, with and without padding: values and gradients."""
+    moe = make(6, 3, dispatch=dispatch, expert_dim=8, patch_size=2)
+    where = TokenMap((3, 5), padding, index)
+    cells = CELLS.tolist() if index is not None else [list(range(15))] * 2
+    columns = (5, 5) if padding is None else (5, 2)
+    regions = regions_of(cells[0], columns[0]) + regions_of(cells[1], columns[1], first=1000)
+    x = torch.randn(2, len(cells[0]), 16)
+    outputs, gradients = [], []
+
+    def run(inputs):
+        with forward_context(tokens=where):
+            return moe(inputs)
+
+    def define(inputs):
+        return by_definition(moe, inputs.flatten(0, 1), regions).view_as(inputs)
+
+    for function in (run, define):
+        moe.zero_grad()
+        inputs = x.clone().requires_grad_()
+        output = function(inputs)
+        (output**2).sum().backward()
+        outputs.append(output.detach())
+        gradients.append([inputs.grad, *(p.grad.clone() for p in moe.parameters())])
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(*gradients):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+    with forward_context(tokens=where):
+        routing = recorded(moe, x).routing
+        alone = recorded(make(6, 3, expert_dim=8), x).routing
+    together = torch.tensor(regions)[:, None] == torch.tensor(regions)
+    same = (routing.experts[:, None] == routing.experts).all(-1)
+    assert same[together].all() and not same.all()
+    assert not torch.equal(routing.experts, alone.experts)
+
+
+def test_padding_and_other_images_do_not_change_a_route():
+    moe = make(patch_size=2)
+    x = torch.randn(2, 15, 16)
+    with forward_context(tokens=TokenMap((3, 5), PADDED)):
+        before = moe(x)
+        valid = PADDED.valid_tokens(3, 5)
+        x[~valid] += 10
+        x[0] += 10
+        after = moe(x)
+    assert torch.equal(after[1][valid[1]], before[1][valid[1]])
+    assert not torch.equal(after[0], before[0])
+
+
+def test_a_patch_of_one_cell_changes_nothing():
+    x = torch.randn(2, 15, 16)
+    moe = make(patch_size=1)
+    with forward_context(tokens=TokenMap((3, 5))):
+        assert torch.equal(moe(x), make()(x))
+    # Nor do squares that hold one token each, up to the order of sums.
+    cells = torch.arange(15) // 5 * 3 * 15 + torch.arange(15) % 5 * 3
+    apart = TokenMap((9, 15), index=cells.expand(2, -1))
+    with forward_context(tokens=apart):
+        torch.testing.assert_close(make(patch_size=3)(x), make()(x))
+
+
+def test_queries_share_no_route():
+    with pytest.raises(ValueError, match="patch_size=2: these tokens stand on no feature map"):
+        make(patch_size=2)(torch.randn(3, 16))
+    with pytest.raises(ValueError, match="patch_size=2: queries stand on no feature map"):
+        tiny_model(moe=MoEConfig(4, 2, patch_size=2))
+
+
+def test_shared_routes_are_counted_and_exported():
+    moe = make(patch_size=2).eval()
+    x = torch.randn(2, 15, 16)
+    with forward_context(tokens=TokenMap((3, 5), PADDED)):
+        assert count_flops(moe, (x,)).total == hand_count(30, 2, 16, 8, 4)
+        exported = torch.export.export(moe, (x,)).module()
+        torch.testing.assert_close(exported(x), moe(x))
+
+
+@pytest.mark.parametrize("dispatch", ["sorted", "grouped_mm", "dense"])
+def test_dropout_is_that_of_the_ffn(dispatch):
+    """One expert leaves out the very hidden units that the FFN of its weights does."""
+    moe = make(1, 1, dispatch=dispatch, dropout=0.5)
+    ffn = FFN(16, 32, "relu", 0.5)
+    w = moe.experts
+    with torch.no_grad():
+        for ours, theirs in zip((w.w1, w.b1, w.w2, w.b2), ffn.parameters()):
+            theirs.copy_(ours[0])
+    x = torch.randn(7, 16)
+    outputs = []
+    for module in (ffn, moe):
+        torch.manual_seed(3)
+        outputs.append(module(x))
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(moe.eval()(x), ffn.eval()(x))
+    assert not torch.allclose(outputs[1], moe(x))
+
+
+@pytest.mark.parametrize("dispatch", ["sorted", "grouped_mm", "dense"])
+def test_dropout_of_everything_leaves_the_second_bias(dispatch):
+    moe = make(4, 2, dispatch=dispatch, dropout=1.0)
+    x = torch.randn(9, 16)
+    routing = moe.router(x, 2)
+    expected = (routing.gates[..., None] * moe.experts.b2[routing.experts]).sum(1)
+    torch.testing.assert_close(moe(x), expected)
+    torch.testing.assert_close(moe.eval()(x), make(4, 2, dispatch=dispatch)(x))
+
+
+def test_activation_is_the_ffns_or_the_configs():
+    assert isinstance(make(act="gelu").experts.act, nn.GELU)
+    own = MoE(MoEConfig(4, 2, act="silu"), 16, 32, "gelu")
+    assert isinstance(own.experts.act, nn.SiLU)
+    layers = tiny_model(moe=MoEConfig(4, 2), dropout=0.1).decoder.decoder.layers
+    assert isinstance(layers[0].ffn.experts.act, nn.ReLU)
+    assert layers[0].ffn.experts.dropout.p == 0.1
+    layers = tiny_model(moe=MoEConfig(4, 2, act="gelu")).decoder.decoder.layers
+    assert isinstance(layers[0].ffn.experts.act, nn.GELU)
 
 
 def test_auto_chooses_by_device_dtype_and_capture():
@@ -172,6 +313,24 @@ def test_losses_and_their_weights():
     torch.testing.assert_close(single.losses([])["balance"], 0.1 * balance_loss(single.routing))
 
 
+def test_balance_losses_of_a_stack_are_summed_or_averaged():
+    x = torch.randn(30, 16)
+    for top_k, weight in ((2, 0.05), (1, 0.1)):
+        values = {}
+        for reduction in ("sum", "mean"):
+            config = MoEConfig(4, top_k, balance_weight=0.05, balance_reduction=reduction)
+            first, dense, second = moe_layers(replace(config, layers=(2, 0)), 3)
+            assert first == second and dense is None
+            torch.manual_seed(0)
+            record = recorded(MoE(first, 16, 32, "relu"), x)
+            values[reduction] = record.losses([])
+        torch.testing.assert_close(values["sum"]["balance"], weight * balance_loss(record.routing))
+        torch.testing.assert_close(values["mean"]["balance"], values["sum"]["balance"] / 2)
+        torch.testing.assert_close(values["mean"]["z"], values["sum"]["z"])
+    every = moe_layers(MoEConfig(4, 2, balance_reduction="mean"), 3)
+    assert every == [MoEConfig(4, 2, balance_reduction="mean", layers=(0, 1, 2))] * 3
+
+
 def test_padding_counts_for_nothing():
     moe = make()
     x = torch.randn(2, 6, 16)
@@ -189,6 +348,10 @@ def test_statistics():
     experts = torch.tensor([[0, 1], [0, 1], [0, 2], [1, 2]])
     even = torch.full((4, 3), 1 / 3)
     found = routing_statistics(Routing(even, even, torch.full((4, 2), 0.5), experts))
+    assert float(found["balance"]) == pytest.approx(1)
+    sure = torch.tensor([0.5, 0.3, 0.2]).expand(4, 3)
+    uneven = routing_statistics(Routing(sure, sure, torch.full((4, 2), 0.5), experts))
+    assert float(uneven["balance"]) == pytest.approx(3 * (0.5 * 3 + 0.3 * 3 + 0.2 * 2) / 8)
     torch.testing.assert_close(found["usage"], torch.tensor([3, 3, 2]) / 8)
     torch.testing.assert_close(found["entropy"], torch.tensor(3.0).log())
     expected = torch.tensor([[3, 2, 1], [2, 3, 1], [1, 1, 2]]) / 4
@@ -269,6 +432,9 @@ def test_active_parameters():
         ({"expert_dim": 0}, "expert_dim=0"),
         ({"balance_weight": -1}, "balance_weight=-1"),
         ({"temperature": 0}, "temperature=0"),
+        ({"patch_size": 0}, "patch_size=0 must be at least 1"),
+        ({"act": "tanh"}, "act='tanh' is not one of"),
+        ({"balance_reduction": "max"}, "balance_reduction='max' is not one of"),
         ({"dispatch": "fast"}, "dispatch='fast' is not one of"),
         ({"start_step": 9, "end_step": 3}, "start_step=9 and end_step=3"),
     ],

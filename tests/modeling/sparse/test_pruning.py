@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from detectron2.utils import logger
 from detectron2.utils.events import EventStorage
 
 from dset_d2.analysis import count_flops
@@ -166,8 +167,8 @@ def test_prune_and_restore():
 
 def test_a_second_place_scores_what_the_first_kept():
     """Its prior, its foreground and its own choice follow the tokens, wherever they stand."""
-    pruned = encoder(keep_ratio=0.5, min_tokens=1, spatial_prior=True)
-    second = encoder(keep_ratio=0.25, min_tokens=1, spatial_prior=True).pruner
+    pruned = encoder(keep_ratio=0.5, min_tokens=1, spatial_prior="flat")
+    second = encoder(keep_ratio=0.25, min_tokens=1, spatial_prior="flat").pruner
     with torch.no_grad():
         second.prior.copy_(torch.arange(16.0).view(1, 1, 16, 1) * 100)  # lower rows win
     x, _ = inputs()
@@ -224,11 +225,31 @@ def test_at_least_min_tokens_stay():
 
 
 def test_spatial_prior_moves_the_choice():
-    pruner = encoder(keep_ratio=0.5, min_tokens=1, spatial_prior=True).pruner.eval()
+    pruner = encoder(keep_ratio=0.5, min_tokens=1, spatial_prior="flat").pruner.eval()
     with torch.no_grad():
         pruner.prior[..., :8, :] = 100  # the upper half of the picture
     index, _ = pruner(inputs()[0], MAP)
     assert (index < 24).all()
+
+
+def test_spatial_prior_starts_where_it_is_told_and_learns():
+    starts = {}
+    for start in ("flat", "centre", "lower"):
+        pruner = encoder(keep_ratio=0.5, min_tokens=1, spatial_prior=start).pruner.train()
+        starts[start] = pruner.prior[0, 0].detach().clone()
+        with torch.no_grad():
+            pruner.scorer.layers[-1].weight.zero_()  # the prior alone
+        index, _ = pruner(inputs()[0], MAP)
+        if start == "lower":
+            assert (index // 8 >= 3).all()
+        if start == "centre":
+            assert torch.isin(torch.tensor([19, 20, 27, 28]), index[0]).all()  # the four inmost
+            assert not torch.isin(torch.tensor([0, 7, 40, 47]), index).any()  # the corners
+        recorded(pruner, inputs()[0]).losses(make_targets(2, 3))["foreground"].backward()
+        assert pruner.prior.grad.abs().sum() > 0
+    assert not starts["flat"].any()
+    for start in ("centre", "lower"):
+        assert 0.8 < starts[start].max() < 1 and -1 < starts[start].min() < -0.7
 
 
 def test_foreground_marks_touched_cells_also_of_padded_images():
@@ -307,7 +328,7 @@ def test_sparse_detections_do_not_depend_on_the_batch(sizes):
 
 @pytest.mark.parametrize("count", [0, 3])
 def test_every_parameter_of_a_sparse_model_gets_a_gradient(count):
-    model = sparse_model(spatial_prior=True).train()
+    model = sparse_model(spatial_prior="flat").train()
     losses = model(make_inputs([(96, 128), (128, 96)], boxes_per_image=count))
     sum(losses.values()).backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
@@ -343,7 +364,8 @@ def test_records_are_left_by_place_where_they_are_wanted():
     assert context.records["moe/decoder_1"].tokens is None
 
 
-def test_the_log_gets_statistics_and_a_warning_of_a_greedy_expert(caplog):
+def test_the_log_gets_statistics_and_a_warning_of_a_greedy_expert(caplog, monkeypatch):
+    monkeypatch.setattr(logger, "_LOG_TIMER", {})
     model = sparse_model().train()
     router = model.decoder.decoder.layers[0].ffn.router
     with torch.no_grad():
@@ -353,6 +375,10 @@ def test_the_log_gets_statistics_and_a_warning_of_a_greedy_expert(caplog):
         latest = storage.latest()
     assert latest["pruning/encoder_0/keep_ratio"][0] == 0.5
     assert latest["moe/decoder_0/max_usage"][0] == 0.5
+    usage = [latest[f"moe/decoder_0/usage_{expert}"][0] for expert in range(4)]
+    assert sorted(usage) == [0, 0, 0.5, 0.5]
+    assert latest["moe/decoder_0/balance"][0] == pytest.approx(1)  # ties: equal probabilities
+    assert latest["moe/encoder_0_0/balance"][0] > 1
     assert latest["moe/decoder_1/entropy"][0] > 0
     assert "one expert takes too many of the tokens" in caplog.text
     assert "moe/decoder_0: 100% by expert" in caplog.text
@@ -389,6 +415,7 @@ def test_bfloat16_autocast():
         (PruningConfig, {"keep_ratio": 0.5, "min_tokens": 0}, "min_tokens=0"),
         (PruningConfig, {"keep_ratio": 0.5, "restore": "mean"}, "restore='mean'"),
         (PruningConfig, {"keep_ratio": 0.5, "placement": "inside"}, "placement='inside'"),
+        (PruningConfig, {"keep_ratio": 0.5, "spatial_prior": True}, "spatial_prior=True is not"),
         (PruningConfig, {"keep_ratio": 0.5, "start_step": 5}, "start_step=5 and end_step=0"),
         (PruningConfig, {"keep_ratio": 0.5, "sparsity_weight": -1}, "sparsity_weight=-1"),
         (MemoryPruningConfig, {"keep_ratio": 1.5}, "keep_ratio=1.5"),

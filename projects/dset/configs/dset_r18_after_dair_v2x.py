@@ -1,0 +1,7 @@
+"""DSET-R18 by the other reading of the order: tokens are pruned behind the experts, which saves
+nothing there; the decoder neither reads nor selects the pruned."""
+
+from .dset_r18_dair_v2x import dataloader, lr_multiplier, model, optimizer, train
+
+model.encoder.pruning.placement = "after"
+train.output_dir = "./output/dset_r18_after_dair_v2x"
