@@ -8,7 +8,7 @@ DEMO_CONFIG := projects/dset/configs/dset_r18_roadside.py
 
 READY := .venv/ready-$(DETECTRON2)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test oldest lint bench clean
 
 demo: $(READY)
 	$(BIN)/python -m dset_d2.tools.make_roadside --output $(DEMO)/datasets --train 480
@@ -27,9 +27,23 @@ PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
+OLDEST := .venv-oldest/bin/python
+# What Detectron2 needs beside the package's own requirements, which are taken at their lower bounds.
+DETECTRON2_NEEDS := cloudpickle iopath packaging tensorboard termcolor wheel yacs 'setuptools<81'
+# Without the comparison with transformers, which follows the names of a newer one.
+oldest:
+	$(PYTHON) -m venv .venv-oldest
+	$(OLDEST) -m pip install $(DETECTRON2_NEEDS) pytest hypothesis transformers==4.52.1 \
+		$$(sed -n '/extras_require/q; s/^ *"\([A-Za-z0-9-]*\)>=\([0-9][^",]*\).*/\1==\2/p' setup.py) \
+		$$(sed -n 's/.*"\(opencv-python\)>=\([^"]*\)".*/\1-headless==\2/p' setup.py)
+	$(OLDEST) third_party/detectron2/install.py
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(OLDEST) -m pytest tests/modeling tests/data tests/checkpoint \
+		--ignore tests/modeling/test_transformers.py
+
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 RAMP := model.encoder.pruning.end_step=120
 # Small-scale evidence: DSET and its ablations with equal budget and two seeds, side by side.
@@ -46,7 +60,7 @@ bench: $(READY)
 		train.max_iter=240 train.eval_period=80
 
 clean:
-	rm -rf .venv output build *.egg-info
+	rm -rf .venv .venv-oldest output build *.egg-info
 
 $(READY): requirements.txt setup.py third_party/detectron2/install.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON must be 3.11 or newer")'

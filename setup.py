@@ -59,6 +59,7 @@ setup(
     # "one of them": a listed one would be installed over another and break it. Who has none takes
     # the extra. Importing dset_d2 says which of the two is missing.
     install_requires=[
+        # Lower bounds are the oldest that pass the tests, on Python 3.10: `make oldest`.
         "torch>=2.10",  # the first with torch.nn.functional.grouped_mm
         "torchvision>=0.25",
         "numpy>=1.23",
@@ -66,8 +67,8 @@ setup(
         "Pillow>=9",
         "pycocotools>=2.0.6",
         "matplotlib>=3.5",
-        "timm>=1.0.23",
-        "safetensors>=0.4",
+        "timm>=1.0.23",  # whose DINOv3 blocks have scales of one name
+        "safetensors>=0.4.3",
         "fvcore>=0.1.5.post20221221",
         "omegaconf>=2.1,<2.4",
         "hydra-core>=1.1",
@@ -76,6 +77,13 @@ setup(
     ],
     extras_require={
         "opencv": ["opencv-python>=4.5.5.64"],
-        "test": ["pytest>=7", "pytest-xdist>=3.7", "hypothesis>=6", "transformers>=4.49", "ruff"],
+        "test": [
+            "pytest>=7",
+            "pytest-xdist>=3.7",
+            "hypothesis>=6",
+            "transformers>=5.23",  # whose names of parameters a comparison follows
+            "mypy",
+            "ruff",
+        ],
     },
 )

@@ -1,5 +1,6 @@
 """Tokens of a feature map: which are image, which are kept, and where they stand."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -72,7 +73,8 @@ def restore(full: Tensor, index: Tensor | None, tokens: Tensor) -> Tensor:
     return full.scatter(1, index[..., None].expand_as(tokens), tokens.to(full.dtype))
 
 
-class TokenMap(NamedTuple):
+@dataclass(frozen=True)  # torch 2.10 compiles no property of a NamedTuple
+class TokenMap:
     """Where tokens stand: on which cells of a feature map.
 
     Attributes:
@@ -96,7 +98,8 @@ class TokenMap(NamedTuple):
         """The map of the tokens that an index (B, K) keeps of these."""
         if index is None:
             return self
-        return self._replace(index=index if self.index is None else self.index.gather(1, index))
+        index = index if self.index is None else self.index.gather(1, index)
+        return TokenMap(self.shape, self.padding, index)
 
     def regions(self, size: int, batch: int, device: torch.device) -> "Regions":
         """The tokens of a batch by the squares of ``size`` x ``size`` cells that they stand in.
