@@ -71,6 +71,7 @@ from .common import (
     build,
     build_model,
     check_weights,
+    class_names,
     entry_point,
     evaluated_names,
     read_config,
@@ -256,13 +257,11 @@ def build_ema(cfg: DictConfig, model: torch.nn.Module) -> ModelEMA | None:
 
 def pictures(cfg: DictConfig, model: torch.nn.Module) -> Pictures | None:
     """Pictures of the first test image for TensorBoard, if image and classes are known."""
-    name = OmegaConf.select(cfg, "dataloader.evaluator.dataset_name")
-    if name is None or "dataset" not in cfg.dataloader.test:
+    if evaluated_names(cfg) == [None] or "dataset" not in cfg.dataloader.test:
         return None
     dataset_dict = instantiate(cfg.dataloader.test.dataset)[0]
     mapper = instantiate(cfg.dataloader.test.mapper)
-    classes = MetadataCatalog.get(name).thing_classes
-    return Pictures(cfg.train.eval_period, model, dataset_dict, mapper, classes)
+    return Pictures(cfg.train.eval_period, model, dataset_dict, mapper, class_names(cfg))
 
 
 def validation(cfg: DictConfig) -> Callable[[torch.nn.Module], dict[str, float]] | None:

@@ -25,7 +25,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from detectron2.data import MetadataCatalog
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
@@ -56,6 +55,7 @@ from .common import (
     build,
     build_model,
     check_output,
+    class_names,
     describe_device,
     entry_point,
     in_one_line,
@@ -303,10 +303,6 @@ def test_images(cfg: DictConfig) -> list[dict]:
     """The test set's first dataset dicts."""
     dataset = build(cfg, "dataloader.test.dataset")
     return [copy.deepcopy(dataset[i]) for i in range(min(len(dataset), max(TRACED, PICTURED)))]
-
-
-def class_names(cfg: DictConfig) -> list[str]:
-    return MetadataCatalog.get(cfg.dataloader.evaluator.dataset_name).thing_classes
 
 
 def generated(dataset_dict: dict) -> bool:
