@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -263,7 +264,8 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
     def __init__(
         self, checkpointer: AtomicCheckpointer, period: int, max_to_keep: int | None = None
     ) -> None:
-        super().__init__(checkpointer, period)
+        # fvcore's divides by the period; 0 saves after the last step alone, as evaluations do.
+        super().__init__(checkpointer, period if period > 0 else sys.maxsize)
         self.keep = max_to_keep
 
     def before_train(self) -> None:
