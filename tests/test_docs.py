@@ -14,7 +14,11 @@ from dset_d2.tools.common import read_config
 from .test_configs import ROOT
 
 COMMAND = re.compile(r"(\w+=\S+ )?python -m dset_d2\.tools\.(\w+)")
-TOOLS = {file.stem for file in ROOT.glob("dset_d2/tools/*.py")} - {"__init__", "common", "preparation"}
+TOOLS = {file.stem for file in ROOT.glob("dset_d2/tools/*.py")} - {
+    "__init__",
+    "common",
+    "preparation",
+}
 READMES = [ROOT / "README.md", *sorted(ROOT.glob("projects/*/README.md"))]
 PLACEHOLDERS = {"CONFIG", "OTHER"}
 ONE_IMAGE = {

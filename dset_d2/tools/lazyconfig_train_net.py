@@ -324,7 +324,7 @@ def run(argv: list[str] | None = None) -> None:
     if args.eval_only and not cfg.train.init_checkpoint:
         raise UsageError("--eval-only needs train.init_checkpoint=FILE")
     folder = Path(cfg.train.output_dir)
-    if cfg.train.resume_from:
+    if not args.eval_only and cfg.train.resume_from:
         with usage_errors("train.resume_from"):
             check_resumable(Path(cfg.train.resume_from), folder, args.overwrite)
     first = os.environ.get("RANK", "0") == "0" and args.machine_rank == 0
