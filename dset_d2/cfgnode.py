@@ -41,7 +41,8 @@ def add_detr_config(cfg: CfgNode) -> None:
                                   :class:`PlainAdapter`, by its ``NAME``
       ``.FREEZE``                 :class:`FreezeConfig` if it is ``ENABLED``
       ``.LORA``                   :class:`LoRAConfig`, none if ``RANK`` is 0
-    ``MODEL.ENCODER``             the encoder of a ``NAME``: :class:`HybridEncoder`
+    ``MODEL.ENCODER``             the encoder of a ``NAME``: :class:`HybridEncoder`;
+                                  ``USE_ENCODER_IDX`` below 0 count from the coarsest scale
       ``.MOE``                    :class:`MoEConfig`, none if ``NUM_EXPERTS`` is 0
       ``.PRUNING``                :class:`PruningConfig`, none if ``KEEP_RATIO`` is 1 or 0
     ``MODEL.DECODER``             the decoder of a ``NAME``: :class:`RTDETRDecoder`, and what
@@ -77,7 +78,8 @@ def add_detr_config(cfg: CfgNode) -> None:
     cfg.MODEL.ENCODER = keys_of(
         HybridEncoder,
         NAME="HybridEncoder",
-        MOE=keys_of(MoEConfig, NUM_EXPERTS=0, TOP_K=2),
+        USE_ENCODER_IDX=[-1],
+        MOE=keys_of(MoEConfig, NUM_EXPERTS=0),
         PRUNING=keys_of(PruningConfig, KEEP_RATIO=1.0),
     )
     told = ("in_channels", "box_outputs", "scales")  # to the decoder by others
@@ -88,7 +90,7 @@ def add_detr_config(cfg: CfgNode) -> None:
             without=told,
             NAME="RTDETRDecoder",
             NUM_CLASSES=80,
-            MOE=keys_of(MoEConfig, NUM_EXPERTS=0, TOP_K=2),
+            MOE=keys_of(MoEConfig, NUM_EXPERTS=0),
             MEMORY_PRUNING=keys_of(MemoryPruningConfig, KEEP_RATIO=1.0),
         )
     )

@@ -153,12 +153,17 @@ SETTINGS = {  # of a LazyConfig's model, each away from its default
     "encoder.moe.start_step": 1,
     "encoder.moe.end_step": 3,
     "encoder.moe.layers": [1],
+    "encoder.moe.act": "silu",
+    "encoder.moe.patch_size": 2,
+    "encoder.moe.balance_reduction": "mean",
     "encoder.pruning.keep_ratio": 0.4,
     "encoder.pruning.min_tokens": 2,
     "encoder.pruning.placement": "after",
     "encoder.pruning.restore": "zero",
     "encoder.pruning.gate": False,
     "encoder.pruning.sparsity_weight": 0.5,
+    "encoder.pruning.spatial_prior": "lower",
+    "encoder.use_encoder_idx": [1, 2],
     "decoder.num_classes": 5,
     "decoder.eval_idx": 1,
     "decoder.dropout": 0.2,
@@ -206,12 +211,14 @@ def test_keys_are_the_lazy_configs_arguments():
 def test_vit_and_adapter_follow_their_keys():
     keys = {"ADAPTER.NAME": "plain", "ADAPTER.IN_CHANNELS": 32, "ADAPTER.LAYER_NORM": True}
     keys |= {"TAPS": [0, 2], "FREEZE.UNFREEZE_STEP": 5, "FREEZE.UNFREEZE_BLOCKS": 1}
+    keys |= {"FREEZE.UNFREEZE_EVERY": 3, "ADAPTER.UPSAMPLING": "nearest"}
     cfg = make_cfg(None, DINOV3_LORA | {f"MODEL.DINOV3.{key}": keys[key] for key in keys})
     cfg.MODEL.DINOV3.VIT.update(embed_dim=32, depth=4, num_heads=2)
     backbone = build_model(cfg).backbone
     assert isinstance(backbone.adapter, PlainAdapter) and backbone.adapter.norm.weight.numel() == 32
+    assert backbone.adapter.upsampling == "nearest"
     assert backbone.dinov3.embed_dim == 32 and backbone.taps == [0, 2]
-    assert backbone.phases.config == FreezeConfig(unfreeze_step=5, unfreeze_blocks=1)
+    assert backbone.phases.config == FreezeConfig(5, 1, 3)
 
 
 @pytest.mark.parametrize(("path", "file"), list(zip(PYTHON, YAML)))

@@ -4,12 +4,10 @@ from detectron2.config import LazyCall as L
 
 from dset_d2.engine.optimizer import flat_cosine
 
-from ..common.custom_data import test_set, train_set
-from .rtdetrv2_r18_coco import dataloader, model, optimizer, train
+from ..common.custom_data import dataloader
+from .rtdetrv2_r18_coco import model, optimizer, train
 
 model.decoder.num_classes = None  # the data set's
-dataloader.train.dataset = train_set
-dataloader.test.dataset = test_set
 train.output_dir = "./output/rtdetrv2_r18_custom"
 train.epochs = 72
 dataloader.strong_augmentation_end = "${part_of_run:65,72}"

@@ -4,15 +4,12 @@ from detectron2.config import LazyCall as L
 
 from dset_d2.engine.optimizer import flat_cosine
 
-from ..common.dair_v2x import test_set, train_set
-from ..common.data import dataloader
+from ..common.dair_v2x import dataloader
 from ..common.models.rtdetr_r18 import model
 from ..common.optim import optimizer
 from ..common.train import train
 
 model.decoder.num_classes = 8
-dataloader.train.dataset = train_set
-dataloader.test.dataset = test_set
 
 dataloader.strong_augmentation_end = "${part_of_run:90,100}"
 optimizer.update(lr=1e-4, clip_norm=10.0)

@@ -5,8 +5,7 @@ from detectron2.config import LazyCall as L
 
 from dset_d2.engine.optimizer import flat_cosine
 
-from ..common.dair_v2x import test_set, train_set
-from ..common.data import dataloader
+from ..common.dair_v2x import dataloader
 from ..common.models.rtdetr_r18 import model
 from ..common.optim import optimizer
 from ..common.train import train
@@ -18,9 +17,7 @@ model.decoder.update(
 
 dataloader.image_size = [128, 224]
 dataloader.strong_augmentation_end = 0
-dataloader.train.dataset = train_set
 dataloader.train.update(total_batch_size=4, num_workers=1)
-dataloader.test.dataset = test_set
 dataloader.test.num_workers = 1
 
 optimizer.lr = 5e-4

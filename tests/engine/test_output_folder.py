@@ -23,7 +23,7 @@ from dset_d2.engine.folder import claimed
 from dset_d2.engine.hooks import BestCheckpointer
 from dset_d2.tools import lazyconfig_train_net
 from dset_d2.tools.common import UsageError
-from dset_d2.tools.lazyconfig_train_net import check_data_set_names
+from dset_d2.tools.preparation import check_data_set_names
 
 from .test_launchers import TINY
 

@@ -14,7 +14,7 @@ from dset_d2.clock import TrainingClock
 from dset_d2.config import apply_overrides
 from dset_d2.tools import lazyconfig_train_net
 from dset_d2.tools.common import UsageError
-from dset_d2.tools.lazyconfig_train_net import fit_schedules
+from dset_d2.tools.preparation import fit_schedules
 
 from .test_launchers import OURS, ROOT, TINY, datasets, environment  # noqa: F401
 

@@ -9,7 +9,6 @@ from detectron2.config import get_cfg, instantiate
 from detectron2.modeling import build_model
 
 import dset_d2
-from dset_d2.config import add_detr_config
 from dset_d2.modeling import DFINECriterion, DFINEDecoder, Encoded, HungarianMatcher
 from dset_d2.modeling.criterion.dfine_criterion import (
     Mixture,
@@ -328,7 +327,7 @@ def test_memory_pruning_is_warned_of(caplog):
 
 def test_built_by_detectron2():
     cfg = get_cfg()
-    add_detr_config(cfg)
+    dset_d2.add_detr_config(cfg)
     cfg.MODEL.META_ARCHITECTURE = "DETRDetector"
     cfg.MODEL.BACKBONE.NAME = "HGNetv2"
     cfg.MODEL.HGNETV2.update(NAME="B0", USE_LAB=True, FREEZE_AT=-1, FREEZE_NORM=False)

@@ -338,14 +338,14 @@ def test_from_cfg_node():
     plain = DINOv3.from_config(cfg, None)
     assert plain["freeze"] is None and plain["lora"] is None
     assert isinstance(plain["adapter"], SpatialTuningAdapter)
-    node.ADAPTER, node.FREEZE, node.LORA_RANK = "plain", True, 4
+    node.ADAPTER.NAME, node.FREEZE.ENABLED, node.LORA.RANK = "plain", True, 4
     held = DINOv3.from_config(cfg, None)
     assert isinstance(held["adapter"], PlainAdapter) and held["lora"].rank == 4
     assert held["freeze"] == FreezeConfig(None, 4)
-    node.UNFREEZE_STEP = 7
+    node.FREEZE.UNFREEZE_STEP = 7
     assert DINOv3.from_config(cfg, None)["freeze"] == FreezeConfig(7, 4)
-    node.ADAPTER = "fpn"
-    with pytest.raises(ValueError, match="MODEL.DINOV3.ADAPTER='fpn'"):
+    node.ADAPTER.NAME = "fpn"
+    with pytest.raises(ValueError, match="MODEL.DINOV3.ADAPTER.NAME='fpn'"):
         DINOv3.from_config(cfg, None)
 
 

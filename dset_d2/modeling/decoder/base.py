@@ -144,7 +144,9 @@ class DETRDecoder(Part):
                 f"{len(in_channels)} levels of in_channels={list(in_channels)}"
             )
         if num_classes is None or num_classes < 1:
-            raise ValueError(f"num_classes={num_classes} must be the number of your categories")
+            raise ValueError(
+                f"num_classes={num_classes} must be the number of the data set's categories"
+            )
         if not -num_layers <= eval_idx < num_layers:
             raise ValueError(f"eval_idx={eval_idx} is not a layer of num_layers={num_layers}")
         if num_denoising < 0:

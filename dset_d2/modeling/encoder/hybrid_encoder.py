@@ -201,7 +201,9 @@ class HybridEncoder(nn.Module):
             moe = build(MoEConfig, cfg, "MODEL.ENCODER.MOE")
         if node.PRUNING.KEEP_RATIO not in (0, 1):
             pruning = build(PruningConfig, cfg, "MODEL.ENCODER.PRUNING")
+        levels = len(input_shape)
         return arguments(cls, cfg, "MODEL.ENCODER") | {
+            "use_encoder_idx": [i + levels if i < 0 else i for i in node.USE_ENCODER_IDX],
             "in_channels": [shape.channels for shape in input_shape.values()],
             "in_features": list(input_shape),
             "moe": moe,
