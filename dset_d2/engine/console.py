@@ -166,8 +166,9 @@ class ConsoleWriter(CommonMetricPrinter):
 
     def write(self) -> None:
         storage = get_event_storage()
-        if storage.iter in (self._max_iter, self.shown):
-            return  # Detectron2 writes once more after the last step
+        # Detectron2 writes once more after the last step, also after one that failed.
+        if storage.iter in (self._max_iter, self.shown) or "total_loss" not in storage.latest():
+            return
         window = min(self._window_size, storage.iter - self.shown)
         self.shown = storage.iter
         logger.info("%s", self.line(storage, window))

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import instantiate
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
@@ -166,6 +166,12 @@ def evaluated_names(cfg: DictConfig) -> list[str]:
     """Names of the data sets that the config's evaluator scores, one by one."""
     names = OmegaConf.select(cfg, "dataloader.evaluator.dataset_name")
     return list(names) if OmegaConf.is_list(names) else [names]
+
+
+def class_names(cfg: DictConfig) -> list[str]:
+    """Names of the test set's classes, or their numbers where no data at hand tell them."""
+    names = MetadataCatalog.get(evaluated_names(cfg)[0]).get("thing_classes")
+    return names or [str(number) for number in range(cfg.model.decoder.num_classes)]
 
 
 def build_model(cfg: DictConfig) -> nn.Module:

@@ -31,7 +31,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 from detectron2.config import instantiate
-from detectron2.data import MetadataCatalog
 from detectron2.engine import default_argument_parser, hooks, launch
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation.testing import flatten_results_dict
@@ -67,6 +66,7 @@ from .common import (
     UsageError,
     build_model,
     check_weights,
+    class_names,
     entry_point,
     evaluated_names,
     read_config,
@@ -94,13 +94,11 @@ def build_ema(cfg: DictConfig, model: torch.nn.Module) -> ModelEMA | None:
 
 def pictures(cfg: DictConfig, model: torch.nn.Module) -> Pictures | None:
     """Pictures of the first test image for TensorBoard, if image and classes are known."""
-    name = evaluated_names(cfg)[0]
-    if name is None or "dataset" not in cfg.dataloader.test:
+    if evaluated_names(cfg) == [None] or "dataset" not in cfg.dataloader.test:
         return None
     dataset_dict = instantiate(cfg.dataloader.test.dataset)[0]
     mapper = instantiate(cfg.dataloader.test.mapper)
-    classes = MetadataCatalog.get(name).thing_classes
-    return Pictures(cfg.train.eval_period, model, dataset_dict, mapper, classes)
+    return Pictures(cfg.train.eval_period, model, dataset_dict, mapper, class_names(cfg))
 
 
 def validation(cfg: DictConfig) -> Callable[[torch.nn.Module], dict[str, float]] | None:
@@ -326,7 +324,7 @@ def run(argv: list[str] | None = None) -> None:
     if args.eval_only and not cfg.train.init_checkpoint:
         raise UsageError("--eval-only needs train.init_checkpoint=FILE")
     folder = Path(cfg.train.output_dir)
-    if cfg.train.resume_from:
+    if not args.eval_only and cfg.train.resume_from:
         with usage_errors("train.resume_from"):
             check_resumable(Path(cfg.train.resume_from), folder, args.overwrite)
     first = os.environ.get("RANK", "0") == "0" and args.machine_rank == 0

@@ -25,7 +25,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from detectron2.data import MetadataCatalog
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
@@ -56,9 +55,9 @@ from .common import (
     build,
     build_model,
     check_output,
+    class_names,
     describe_device,
     entry_point,
-    evaluated_names,
     in_one_line,
     write_json,
 )
@@ -232,6 +231,7 @@ def trained(folder: Path, best_metric: str) -> dict:
         **{name: own.get(name) for name in ("AP", "AP50", "AP75")},
         "per_class": {k.removeprefix("AP-"): v for k, v in own.items() if k.startswith("AP-")},
         "metrics": {k: v for k, v in metrics.items() if "/AP" in k},
+        "best_metric": best_metric,
         "best_step": None if best is None else best + 1,
         "best_epoch": curves.get("epoch", {}).get(best),
         "steps": 1 + max(next(reversed(curve)) for curve in curves.values()),
@@ -304,10 +304,6 @@ def test_images(cfg: DictConfig) -> list[dict]:
     """The test set's first dataset dicts."""
     dataset = build(cfg, "dataloader.test.dataset")
     return [copy.deepcopy(dataset[i]) for i in range(min(len(dataset), max(TRACED, PICTURED)))]
-
-
-def class_names(cfg: DictConfig) -> list[str]:
-    return MetadataCatalog.get(evaluated_names(cfg)[0]).thing_classes
 
 
 def generated(dataset_dict: dict) -> bool:
@@ -409,10 +405,9 @@ def sections(report: Mapping, folder: Path) -> Iterator[str]:
         yield "## All metrics\n\n" + pipe(others.items(), ("metric", "%"), ".1f")
     if get("macs"):
         rows = [
-            (name, f"{x / 1e9:.3f}", f"{x / get('macs'):.1%}")
-            for name, x in get("macs_by_part").items()
+            (name, x / 1e9, f"{x / get('macs'):.1%}") for name, x in get("macs_by_part").items()
         ]
-        yield "## Multiply-adds\n\n" + pipe(rows, ("part", "GMACs", "share"))
+        yield "## Multiply-adds\n\n" + pipe(rows, ("part", "GMACs", "share"), ".3f")
         yield (
             f"Mean of {get('traced_images')} test images; 1 multiply-add = 1. A sparse part's own; "
             "what it spares others shows in the part around it."
@@ -456,7 +451,8 @@ def notes(report: Mapping) -> str:
         lines.append(f"Trained for {text}.")
     if get("best_step"):
         epoch = f", epoch {get('best_epoch'):.1f}" if get("best_epoch") else ""
-        lines.append(f"AP of the best evaluation, after step {get('best_step')}{epoch}.")
+        best = f"by {get('best_metric')}, after step {get('best_step')}{epoch}"
+        lines.append(f"AP of the best evaluation, {best}.")
     else:
         lines.append("No evaluation gave the metric that tells the best one.")
     if get("images_per_second"):

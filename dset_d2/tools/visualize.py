@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.data import MetadataCatalog
 from PIL import Image
 from tqdm import tqdm
 
@@ -36,8 +35,8 @@ from .common import (
     UsageError,
     build,
     build_model,
+    class_names,
     entry_point,
-    evaluated_names,
     image_files,
     load_weights,
     read_config,
@@ -96,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         dataset_dicts = build(cfg, "dataloader.test.dataset")[: args.num_images]
     names = output_names([Path(x["file_name"]) for x in dataset_dicts], args.output)
     dataset_dicts = [x | {"name": name} for x, name in zip(dataset_dicts, names)]
-    classes = MetadataCatalog.get(evaluated_names(cfg)[0]).thing_classes
+    classes = class_names(cfg)
     args.output.mkdir(parents=True, exist_ok=True)
     routings = defaultdict(list)
     for dataset_dict, image in read_images(tqdm(dataset_dicts, desc="drawing")):

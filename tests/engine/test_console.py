@@ -42,6 +42,7 @@ def test_a_line_is_short_and_adds_up(caplog):
     caplog.set_level("INFO")
     writer = ConsoleWriter(max_iter=72000)
     with EventStorage(start_iter=71800) as storage:
+        writer.write()  # as Detectron2 does after a first step that failed
         for step in range(71800, 71804):
             storage.iter = step
             terms = {"loss_vfl": 0.25, "loss_bbox": 1.0 + step % 2, "loss_giou": 2.0}

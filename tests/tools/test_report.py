@@ -84,7 +84,13 @@ def test_report_of_a_run(run):
     assert found["images_per_second"] == pytest.approx(1 / found["latency"]["median"])
 
     text = (run / "report.md").read_text()
-    for part in ("| Car", "usage of experts, encoder_0_0", "keep_ratio", "model_best.pth", "after"):
+    for part in (
+        "| Car",
+        "usage of experts, encoder_0_0",
+        "keep_ratio",
+        "model_best.pth",
+        "by bbox/AP50, after step 20, epoch 2.0",
+    ):
         assert part in text
     pictures = {path.stem for path in run.glob("report_*.*") if Image.open(path).size[0] >= 160}
     wanted = ("curves", "detections_1", "detections_2", "experts", "kept_encoder_0")

@@ -93,17 +93,23 @@ def test_pictures_of_a_data_set_and_of_files(tmp_path, monkeypatch):
     coco = to_coco(dataset, dair_v2x.CLASSES_8, tmp_path)
     (tmp_path / "val.json").write_text(json.dumps(coco))
     own = ["--config-file", "configs/rtdetr/rtdetrv2_r18_custom.py", *options[2:]]
-    own += ["--output", str(tmp_path / "own"), "--num-images", "1"]
-    own += ["model.encoder.hidden_dim=128", "model.encoder.dim_feedforward=512"]
-    own += ["model.decoder.hidden_dim=128", "model.decoder.dim_feedforward=512"]
-    own += ["model.decoder.num_classes=8", "dataloader.image_size=[96,160]"]
-    own += ["dataloader.test.dataset.names=own_pictures"]  # another test has the config's name
-    own += [f"dataloader.test.dataset.json_file={tmp_path}/val.json"]
-    own += [f"dataloader.test.dataset.image_root={tmp_path}"]
-    visualize.main(own)
+    shape = ["model.encoder.hidden_dim=128", "model.encoder.dim_feedforward=512"]
+    shape += ["model.decoder.hidden_dim=128", "model.decoder.dim_feedforward=512"]
+    shape += ["dataloader.image_size=[96,160]"]
+    data = ["dataloader.test.dataset.names=own_pictures"]  # another test has the config's name
+    data += [f"dataloader.test.dataset.json_file={tmp_path}/val.json"]
+    data += [f"dataloader.test.dataset.image_root={tmp_path}"]
+    place = ["--output", str(tmp_path / "own"), "--num-images", "1"]
+    visualize.main([*own, *place, *shape, *data])
     assert len(list((tmp_path / "own").iterdir())) == 1
 
     file = next(tmp_path.glob("dair-v2x/*/image/*.jpg"))
+    # Without data the classes are numbered.
+    place = ["--output", str(tmp_path / "numbered"), "--input", str(file), "--"]
+    unknown = ["model.decoder.num_classes=8", "dataloader.test.dataset.names=unknown"]
+    visualize.main([*own, *place, *shape, *unknown])
+    assert len(list((tmp_path / "numbered").iterdir())) == 1
+
     visualize.main([*options, "--output", str(tmp_path / "files"), "--input", str(file)])
     (picture,) = (tmp_path / "files").iterdir()
     assert Image.open(picture).width == 160

@@ -7,8 +7,8 @@ from ....configs.rtdetr.rtdetrv2_r18_custom import (
     optimizer,
     train,
 )
-from .common.sparse import decoder_moe, patch_moe, pruning
+from .common.sparse import _decoder_moe, _patch_moe, _pruning
 
-model.encoder.update(pruning=pruning, moe=patch_moe)
-model.decoder.moe = decoder_moe
+model.encoder.update(pruning=_pruning, moe=_patch_moe)
+model.decoder.moe = _decoder_moe
 train.output_dir = "./output/dset_r18_custom"

@@ -8,13 +8,13 @@ mosaic is left open. The gate stays ours: bare indices carry no gradient, and wi
 would not reach the scorer.
 """
 
-from .common.sparse import literal_pruning
+from .common.sparse import _literal_pruning
 from .dset_r18_light_dair_v2x import dataloader, lr_multiplier, model, optimizer, train
 
 model.encoder.moe.expert_dim = model.encoder.dim_feedforward
 model.decoder.moe.expert_dim = model.decoder.dim_feedforward
 model.encoder.moe.balance_weight = 0.05
-model.encoder.pruning = literal_pruning
+model.encoder.pruning = _literal_pruning
 model.encoder.pruning.keep_ratio = 0.6
 dataloader.mosaic.prob = 0.5
 dataloader.train.total_batch_size = 32

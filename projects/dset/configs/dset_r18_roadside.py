@@ -7,11 +7,11 @@ from ....configs.rtdetr.rtdetrv2_r18_roadside import (
     optimizer,
     train,
 )
-from .common.sparse import decoder_moe, patch_moe, pruning
+from .common.sparse import _decoder_moe, _patch_moe, _pruning
 
-model.encoder.update(pruning=pruning, moe=patch_moe)
+model.encoder.update(pruning=_pruning, moe=_patch_moe)
 model.encoder.pruning.update(min_tokens=8, end_step="${part_of_run:2,6}")
-model.decoder.moe = decoder_moe
+model.decoder.moe = _decoder_moe
 model.decoder.moe.num_experts = 4
 model.decoder.moe.top_k = 2
 train.output_dir = "./output/dset_r18_roadside"

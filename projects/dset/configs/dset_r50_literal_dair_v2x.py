@@ -6,11 +6,11 @@ assignments, so a warning at 50 % never comes. How often there is a mosaic is le
 stays ours: bare indices carry no gradient, and without it the task would not reach the scorer.
 """
 
-from .common.sparse import literal_pruning
+from .common.sparse import _literal_pruning
 from .dset_r50_full_dair_v2x import dataloader, lr_multiplier, model, optimizer, train
 
 model.encoder.moe.balance_weight = 0.05
-model.encoder.pruning = literal_pruning
+model.encoder.pruning = _literal_pruning
 dataloader.mosaic.prob = 0.5
 dataloader.train.total_batch_size = 32
 train.epochs = 200

@@ -1,7 +1,7 @@
 """MoE-RTDETR-R50: experts in the decoder only."""
 
 from .common.r50 import dataloader, lr_multiplier, model, optimizer, train
-from .common.sparse import decoder_moe
+from .common.sparse import _decoder_moe
 
-model.decoder.moe = decoder_moe
+model.decoder.moe = _decoder_moe
 train.output_dir = "./output/moe_rtdetr_r50_dair_v2x"
