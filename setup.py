@@ -64,7 +64,7 @@ setup(
         "torchvision>=0.25",
         "numpy>=1.23",
         "scipy>=1.12",
-        "Pillow>=9",
+        "Pillow>=9.1",
         "pycocotools>=2.0.6",
         "matplotlib>=3.5",
         "timm>=1.0.23",  # whose DINOv3 blocks have scales of one name

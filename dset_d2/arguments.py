@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import reduce
 from inspect import Parameter
 from types import NoneType, UnionType
-from typing import Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin
 
 from detectron2.config import CfgNode
 
@@ -74,7 +74,7 @@ def find_group(cfg: CfgNode, group: str) -> CfgNode:
     return reduce(getattr, group.split("."), cfg)
 
 
-def fits(value: object, annotation: object) -> bool:
+def fits(value: Any, annotation: object) -> bool:
     """Whether a value, and what it holds, is of an annotated kind."""
     kind, members = get_origin(annotation) or annotation, get_args(annotation)
     if kind in (Union, UnionType):
@@ -83,6 +83,7 @@ def fits(value: object, annotation: object) -> bool:
         return True
     if isinstance(value, bool | NoneType):
         return type(value) is kind
-    if not isinstance(value, ACCEPTED.get(kind, kind)):
+    accepted: Any = ACCEPTED.get(kind, kind)
+    if not isinstance(value, accepted):
         return False
     return kind not in (tuple, list) or all(fits(item, *members[:1]) for item in value if members)

@@ -4,7 +4,7 @@ import pickle
 from multiprocessing.context import get_spawning_popen
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.sharedctypes import RawValue
-from weakref import WeakKeyDictionary, ref
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -81,7 +81,8 @@ class TrainingClock(nn.Module):
         due: whether the model was trained on since the last step.
     """
 
-    _leader = None  # weak reference to the clock that data-loading workers follow
+    # The clock that data-loading workers follow.
+    _leader: ReferenceType | None = None
 
     def __init__(self) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import is_dataclass
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from detectron2.config import LazyCall, LazyConfig
 from detectron2.utils.registry import locate
@@ -177,7 +177,7 @@ def parameters_of(target: Callable | str | None) -> dict[str, Parameter]:
     if target is None:
         return {}
     target = locate(target) if isinstance(target, str) else target
-    found = {}
+    found: dict[str, Any] = {}
     for owner in getattr(target, "__mro__", [target]):
         try:
             parameters = signature(owner).parameters.values()

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import cv2
 import matplotlib
 import numpy as np
+import torch
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -16,7 +17,9 @@ from .modeling.context import Record
 from .modeling.sparse import MoERecord, PruningRecord
 from .modeling.tokens import TokenMap
 
-PALETTE = (np.array(matplotlib.colormaps["tab10"].colors) * 255).astype(np.uint8)  # one per expert
+PALETTE = (matplotlib.colormaps["tab10"](np.arange(10))[:, :3] * 255).astype(
+    np.uint8
+)  # one per expert
 GREY = np.full(3, 128, np.uint8)  # of regions to ignore
 GOLDEN = 0.618034  # share of the circle of hues between neighbours
 
@@ -85,11 +88,11 @@ def draw_ground_truth(
     image: np.ndarray, annotations: list[dict], names: Sequence[str]
 ) -> np.ndarray:
     """The annotated boxes; regions to ignore are grey and named so."""
-    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    corners = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
     labels = ["ignore" if a.get("iscrowd") else names[a["category_id"]] for a in annotations]
     palette = class_colours(len(names))
-    colours = [GREY if a.get("iscrowd") else palette[a["category_id"]] for a in annotations]
-    boxes, colours = np.array(boxes).reshape(-1, 4), np.array(colours).reshape(-1, 3)
+    inks = [GREY if a.get("iscrowd") else palette[a["category_id"]] for a in annotations]
+    boxes, colours = np.array(corners).reshape(-1, 4), np.array(inks).reshape(-1, 3)
     return draw_boxes(image, boxes, labels, colours)
 
 
@@ -144,7 +147,8 @@ def draw_kept(
     """
     light = np.full(shape, 0.25, np.float32)
     light.reshape(-1)[kept] = 1.0
-    light = upscale(light, *image.shape[:2], fill)[..., None]
+    height, width = image.shape[:2]
+    light = upscale(light, height, width, fill)[..., None]
     return (image * light).astype(np.uint8)
 
 
@@ -166,7 +170,8 @@ def draw_experts(
     """
     colours = np.zeros((shape[0] * shape[1], 3), np.uint8)
     colours[tokens] = PALETTE[experts % len(PALETTE)]
-    colours = upscale(colours.reshape(*shape, 3), *image.shape[:2], fill)
+    height, width = image.shape[:2]
+    colours = upscale(colours.reshape(*shape, 3), height, width, fill)
     routed = colours.any(-1, keepdims=True)
     return np.where(routed, image // 2 + colours // 2, image // 4)
 
@@ -180,14 +185,14 @@ def sparsity_pictures(image: np.ndarray, records: dict[str, Record]) -> dict[str
         records: what the model left (:func:`dset_d2.modeling.forward_context`) when it ran on the
             one image.
     """
-    pictures = {}
+    pictures: dict[str, np.ndarray] = {}
     for name, record in records.items():
         place = name.partition("/")[2]
         if isinstance(record, PruningRecord):
             where, kept = record.where, record.kept_cells()[0].nonzero().flatten().cpu().numpy()
             drawn = draw_kept(image, where.shape, kept, fill_of(where))
-            cells = where.shape[0] * where.shape[1]
-            texts = (place, f"kept {len(kept) / cells:.0%}", f"{len(kept)} of {cells} tokens")
+            total = where.shape[0] * where.shape[1]
+            texts = (place, f"kept {len(kept) / total:.0%}", f"{len(kept)} of {total} tokens")
             pictures[f"kept_{place}"] = captioned(drawn, [(text, None) for text in texts])
         elif isinstance(record, MoERecord) and record.tokens is not None:
             shape, index = record.tokens.shape, record.tokens.index
@@ -246,8 +251,8 @@ def routing_records(records: dict[str, Record]) -> dict[str, MoERecord]:
 
 def mean_statistics(records: dict[str, list[MoERecord]]) -> dict[str, dict[str, Tensor]]:
     """Statistics of each layer, averaged over its records of several images."""
-    means = {}
+    means: dict[str, dict[str, Tensor]] = {}
     for place, seen in records.items():
         every = [record.statistics() for record in seen]
-        means[place] = {key: sum(x[key] for x in every) / len(every) for key in every[0]}
+        means[place] = {key: torch.stack([x[key] for x in every]).mean(0) for key in every[0]}
     return means

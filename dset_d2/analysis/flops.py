@@ -84,7 +84,7 @@ def einsum(inputs, outputs) -> int:
     if shared <= set(result):
         return 0  # factors meet element by element
     met = shared | set(result)  # an index of one operand alone is summed before they meet
-    sizes = {}
+    sizes: dict[str, int] = {}
     for operand, shape in zip(operands, shapes):
         for index, size in zip(operand, shape):
             sizes[index] = max(size, sizes.get(index, 1))

@@ -75,7 +75,7 @@ def measure_modules(
     A GPU is waited for at the modules' bounds, so that the parts may exceed the whole. A list of
     modules takes the time of its members; modules that are not called have no entry.
     """
-    times = defaultdict(list)
+    times: dict[str, list[float]] = defaultdict(list)
     handles = []
     for name, module in modules.items():
         for part in called_parts(module):

@@ -35,7 +35,9 @@ def count_parameters(
     """
     read = count_kernels(model, inputs, knobs).read
     counts = {}
-    declared = ()  # names begin with these inside of a module that declares its number
+    declared: tuple[
+        str, ...
+    ] = ()  # names begin with these inside of a module that declares its number
     with forward_context(knobs=knobs or Knobs()):
         for name, module in model.named_modules():
             total = sum(p.numel() for p in module.parameters())

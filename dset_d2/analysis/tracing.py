@@ -40,11 +40,11 @@ def bind(model: nn.Module, inputs: Inputs, knobs: Knobs | None = None) -> Callab
     """
     if isinstance(model, MetaArch):
         # Batches are made here: ImageList pads in another way while it is traced.
-        batches = [(inputs,)]
+        batches: list[tuple] = [(inputs,)]
         if isinstance(inputs, list):
             groups = model.groups(inputs)
             batches = [model.preprocess([inputs[i] for i in group]) for group in groups]
-        return lambda: [model.predict(*batch, knobs=knobs) for batch in batches]
+        return lambda: [model.predict(*batch, knobs=knobs) for batch in batches]  # type: ignore[misc]
     args = inputs if isinstance(inputs, tuple) else (inputs,)
 
     def call() -> object:

@@ -131,7 +131,8 @@ def check_images(dataset: Sequence[dict] | Dataset, skip_unreadable: bool = Fals
     while hasattr(dataset, "dataset"):
         dataset = dataset.dataset
     sizes = {}
-    for dataset_dict in (dataset[index] for index in range(len(dataset))):
+    count = len(dataset)  # type: ignore[arg-type]  # a Dataset declares no length
+    for dataset_dict in (dataset[index] for index in range(count)):
         size = dataset_dict.get("height"), dataset_dict.get("width")
         sizes[dataset_dict["file_name"]] = None if None in size else size
     with ThreadPoolExecutor(8) as pool:  # files on a network are waited for

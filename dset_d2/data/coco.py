@@ -92,7 +92,8 @@ def to_coco(dataset: list[dict], classes: Sequence[str], root: str | Path) -> di
 
     Category ids start at 1, in the order of ``classes``; file names are relative to ``root``.
     """
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for dataset_dict in dataset:
         file_name = os.path.relpath(dataset_dict["file_name"], root)
         size = {key: dataset_dict[key] for key in ("height", "width")}

@@ -360,8 +360,8 @@ def load_registered(
         name = f"{split_name}-split-data.json"
         above = dict.fromkeys((*bases, *place.parents[:2]))
         files = [base / folder / name for base in above for folder in ("split_datas", "")]
-        split_file = next((file for file in files if file.is_file()), None)
-        if split_file is None:
+        split_file = next((str(file) for file in files if file.is_file()), "")
+        if not split_file:
             raise DataError(f"{place}: none of {listed(files)} is there; set split_file to it")
     return load_dair_v2x(place, split_file, split, keys, classes)
 

@@ -21,7 +21,7 @@ def build_train_loader(
         options: of :func:`~detectron2.data.build_detection_train_loader`.
     """
     if mosaic["prob"] or mosaic["mixup_prob"]:
-        dataset = Mosaic(dataset, **mosaic)
-        if dataset.end == 0:
+        dataset = composed = Mosaic(dataset, **mosaic)
+        if composed.end == 0:
             logger.warning("Mosaic and mixup end at training step 0: dataloader.mosaic.end is 0")
     return build_detection_train_loader(dataset, **options)

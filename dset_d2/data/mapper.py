@@ -59,8 +59,8 @@ def read_objects(annotations: list[dict]) -> tuple[np.ndarray, np.ndarray]:
             away, and nobody would know.
     """
     annotations = [a for a in annotations if not a.get("iscrowd", 0)]
-    boxes = [utils.BoxMode.convert(a["bbox"], a["bbox_mode"], 0) for a in annotations]
-    boxes = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
+    converted = [utils.BoxMode.convert(a["bbox"], a["bbox_mode"], 0) for a in annotations]
+    boxes = np.asarray(converted, dtype=np.float32).reshape(-1, 4)
     classes = np.asarray([a["category_id"] for a in annotations], dtype=np.int64)
     wrong = ~np.isfinite(boxes).all(axis=1) | (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
     if wrong.any():

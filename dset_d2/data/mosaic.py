@@ -53,8 +53,8 @@ class Composition:
         for collage in others:
             # Laid over a copy, so that blending changes nothing where the collage has no image.
             other = self._lay([*map(read, collage)], picture.image.copy())
-            images = (Image.fromarray(image) for image in (picture.image, other.image))
-            blended = np.array(Image.blend(*images, _uniform(*BLEND)))
+            first_image, second_image = map(Image.fromarray, (picture.image, other.image))
+            blended = np.array(Image.blend(first_image, second_image, _uniform(*BLEND)))
             picture = Picture(blended, *map(np.concatenate, zip(picture[1:], other[1:])))
         return picture
 
@@ -93,7 +93,9 @@ class Composition:
         # Only what the window shows is resampled.
         source = ((x1, y1, x2, y2) - corner) / gain
         source = np.minimum(source, [width, height] * 2).tolist()  # against rounding
-        tile = Image.fromarray(picture.image).resize((x2 - x1, y2 - y1), Image.BILINEAR, source)
+        tile = Image.fromarray(picture.image).resize(
+            (x2 - x1, y2 - y1), Image.Resampling.BILINEAR, source
+        )
         canvas[y1:y2, x1:x2] = tile
 
         whole = picture.boxes.clip(0, [width, height] * 2) * gain + corner
@@ -141,9 +143,10 @@ class Mosaic(Dataset):
         for name, value in (("prob", prob), ("mixup_prob", mixup_prob)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}={value} must lie in [0, 1]")
-        scale = tuple(scale)
         if len(scale) != 2 or not 0 < scale[0] <= scale[1] < float("inf"):
-            raise ValueError(f"scale={scale} must be two positive numbers, the smaller first")
+            raise ValueError(
+                f"scale={tuple(scale)} must be two positive numbers, the smaller first"
+            )
         if not 0 <= min_visible <= 1:
             raise ValueError(f"min_visible={min_visible} must lie in [0, 1]")
         for name, value in (("min_side", min_side), ("end", end)):
@@ -152,7 +155,7 @@ class Mosaic(Dataset):
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
             kind = type(dataset).__name__
             raise ValueError(f"dataset={kind} must be a list or a map-style data set")
-        if len(dataset) == 0:
+        if len(dataset) == 0:  # type: ignore[arg-type]  # a Dataset declares no length
             raise ValueError("dataset is empty")
         if isinstance(dataset, list):
             dataset = DatasetFromList(dataset, copy=False)
@@ -160,7 +163,7 @@ class Mosaic(Dataset):
         self.end = end
         self.prob = prob
         self.mixup_prob = mixup_prob
-        self.scale = scale
+        self.scale = (scale[0], scale[1])
         self.min_visible = min_visible
         self.min_side = min_side
         # Kept on the instance, so that a worker started by spawning gets the shared counter.
@@ -172,7 +175,7 @@ class Mosaic(Dataset):
         return arguments(cls, cfg, "INPUT.MOSAIC") | told
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> dict:
         dataset_dict = self.dataset[index]

@@ -4,20 +4,22 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
+T = TypeVar("T")
 ORIENTATION = 0x0112  # EXIF's tag for how the camera was held
 TURNS = {
-    2: Image.FLIP_LEFT_RIGHT,
-    3: Image.ROTATE_180,
-    4: Image.FLIP_TOP_BOTTOM,
-    5: Image.TRANSPOSE,
-    6: Image.ROTATE_270,
-    7: Image.TRANSVERSE,
-    8: Image.ROTATE_90,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
 SIDEWAYS = (5, 6, 7, 8)  # orientations that swap height and width
 
@@ -30,7 +32,7 @@ class UnreadableImage(DataError):
     """A file is damaged, or no image."""
 
 
-def read_json(path: str | Path, kind: type) -> list | dict:
+def read_json(path: str | Path, kind: type[T]) -> T:
     """Parse a JSON file whose top level must be ``kind``."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))

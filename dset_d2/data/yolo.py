@@ -133,7 +133,7 @@ def load_yolo(layout: Layout, split: str) -> list[dict]:
     Raises:
         DataError: on a malformed line, naming file and line, or if no image has a label file.
     """
-    counts = Counter()
+    counts: Counter[str] = Counter()
     dataset = []
     for index, image in enumerate(layout.images[split]):
         size = upright_size(image)

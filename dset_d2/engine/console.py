@@ -119,7 +119,7 @@ def kind_of(loss: str) -> str:
 
 def sums_by_kind(losses: Mapping[str, float]) -> dict[str, float]:
     """Losses, added up by their kinds, in the order in which these are shown."""
-    sums = defaultdict(float)
+    sums: dict[str, float] = defaultdict(float)
     for name, value in losses.items():
         sums[kind_of(name)] += value
     return {kind: sums[kind] for kind in ORDER if kind in sums}
@@ -137,7 +137,7 @@ def evaluation_lines(results: Mapping[str, Mapping]) -> list[str]:
     Args:
         results: nested metrics as evaluators return them.
     """
-    tasks = defaultdict(dict)
+    tasks: dict[str, dict] = defaultdict(dict)
     for name, value in flatten_results_dict(results).items():
         task, _, metric = name.rpartition("/")
         tasks[task][metric] = value

@@ -225,6 +225,8 @@ def no_metric(metric: str, known: Iterable[str]) -> str:
 class BestCheckpointer(hooks.BestCheckpointer):
     """Detectron2's, but a resumed run remembers the best metric so far, the last one included."""
 
+    best_metric: float | None
+
     def after_step(self) -> None:
         if is_due(self.trainer, self._period):
             self._best_checking()

@@ -123,7 +123,7 @@ def build_adamw(
     # inside of the step, after they were clipped.
     fused = all(p.device.type == "cpu" for p in parameters)
     optimizer = torch.optim.AdamW(
-        params, lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=fused
+        params, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, fused=fused
     )
 
     def prepare(*_) -> None:

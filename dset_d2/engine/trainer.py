@@ -3,7 +3,6 @@
 import logging
 import math
 import time
-from collections import Counter
 from contextlib import nullcontext
 
 import torch
@@ -50,10 +49,11 @@ class Trainer(SimpleTrainer):
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
         self.optimizer.zero_grad()
-        losses = Counter()
+        losses: dict[str, Tensor] = {}
         for index in range(self.accumulate):
             for name, loss in self.backward(data, index).items():
-                losses[name] = losses[name] + loss.detach() / self.accumulate
+                part = loss.detach() / self.accumulate
+                losses[name] = losses[name] + part if name in losses else part
         self.after_backward()
         self._write_metrics(losses, data_time)
         self.grad_scaler.step(self.optimizer)

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from detectron2.data import build_detection_test_loader
@@ -63,7 +64,8 @@ def validation_losses(model: MetaArch, loader: Iterable[list[dict]]) -> dict[str
     Returns:
         ``total_loss``, too; on processes other than the first, nothing.
     """
-    sums, images = defaultdict(float), 0
+    sums: dict[str, Any] = defaultdict(float)  # tensors, which wait for the end
+    images = 0
     # In a storage of its own, as what sparse parts log is not of training.
     with not_learning(model), EventStorage():
         for batch in loader:
@@ -72,7 +74,7 @@ def validation_losses(model: MetaArch, loader: Iterable[list[dict]]) -> dict[str
             for name, loss in losses.items():
                 sums[name] += loss * len(batch)
             images += len(batch)
-    means = defaultdict(float)
+    means: dict[str, float] = defaultdict(float)
     gathered = comm.gather({name: float(value) / images for name, value in sums.items()})
     for own in gathered:
         for name, value in own.items():

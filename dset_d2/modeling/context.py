@@ -72,7 +72,7 @@ class Record(Protocol):
     def losses(self, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Weighted losses; ``targets`` are as in :meth:`DETRDetector.compute_losses`."""
 
-    def statistics(self) -> dict[str, Tensor | float]:
+    def statistics(self) -> Mapping[str, Tensor | float]:
         """What is logged."""
 
 

@@ -85,14 +85,14 @@ class DETRDetector(MetaArch):
         }
 
     @property
-    def size_divisibility(self) -> int:
+    def size_divisibility(self) -> int:  # type: ignore[override]
         # A backbone may ask for nothing, but the encoder's maps halve from one to the next.
         shapes = self.backbone.output_shape()
         strides = [shapes[name].stride or 1 for name in self.encoder.in_features]
         return math.lcm(max(1, self.backbone.size_divisibility), *strides)
 
     @property
-    def num_classes(self) -> int:
+    def num_classes(self) -> int:  # type: ignore[override]
         return self.decoder.num_classes
 
     def encode(

@@ -90,7 +90,7 @@ def find_ffn(block: nn.Module) -> Seam | None:
         case {"fc1": nn.Linear() as fc1, "fc2": nn.Linear() as fc2}:
             for name in ("activation_fn", "activation"):
                 if name in children:
-                    bypassed = {name: nn.Identity(), "fc2": nn.Identity()}
+                    bypassed: dict[str, object] = {name: nn.Identity(), "fc2": nn.Identity()}
                     p = getattr(block, "activation_dropout", None)
                     if p is not None:
                         bypassed["activation_dropout"] = 0.0

@@ -253,10 +253,12 @@ def log_records(records: dict[str, Record]) -> None:
         values = record.statistics()
         scalars = {key: float(x) for key, x in values.items() if torch.as_tensor(x).dim() == 0}
         if "usage" in values:
-            usage = values["usage"].tolist()
+            usage = torch.as_tensor(values["usage"]).tolist()
             scalars |= {f"usage_{expert}": share for expert, share in enumerate(usage)}
             scalars["max_usage"] = max(usage)
-            shares = values["coactivation"].diagonal().tolist()  # of the tokens, by expert
+            shares = (
+                torch.as_tensor(values["coactivation"]).diagonal().tolist()
+            )  # of the tokens, by expert
             if (share := max(shares)) > collapse_share(len(shares), sum(shares)):
                 collapsed.append(f"{name}: {share:.0%} by expert {shares.index(share)}")
         for key, value in scalars.items():

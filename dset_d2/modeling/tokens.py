@@ -119,7 +119,8 @@ class TokenMap:
         return Regions((index + ~self.valid * count).flatten(), 2 * count)
 
 
-class Regions(NamedTuple):
+@dataclass(frozen=True)
+class Regions:
     """Which of T tokens belong together."""
 
     index: Tensor  # (T,) in 0..count - 1

@@ -135,16 +135,18 @@ def draw(
     patches = []
 
     def fill(pixels: np.ndarray, colour: Colour, gain: float, thickness: int = 0) -> None:
-        shade = [
+        red, green, blue = (
             min(255.0, c * gain) * (1 - haze) + s * haze for c, s in zip(colour, light.horizon)
-        ]
-        patches.append(Patch(fixed_point(pixels), tuple(shade), thickness))
+        )
+        patches.append(Patch(fixed_point(pixels), (red, green, blue), thickness))
 
     for layer in model.layers:
         views = []
         for solid in layer:
-            rod = isinstance(solid, Rod)
-            points = np.array(solid.points) if rod else np.concatenate([f.points for f in solid])
+            if isinstance(solid, Rod):
+                points = np.array(solid.points)
+            else:
+                points = np.concatenate([face.points for face in solid])
             points = points @ turn + origin
             pixels, depth = camera.project(points)
             if depth.min() < NEAR:

@@ -70,7 +70,7 @@ def prism(
 
 def pick(rng: np.random.Generator, colours: Sequence[Colour], spread: float = 10.0) -> Colour:
     """One of ``colours``, a little lighter or darker."""
-    colour = np.add(colours[rng.integers(len(colours))], rng.normal(0, spread))
+    colour = np.add(colours[int(rng.integers(len(colours)))], rng.normal(0, spread))
     return tuple(np.clip(colour, 8, 245).tolist())
 
 

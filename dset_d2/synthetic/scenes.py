@@ -187,7 +187,8 @@ def _light(rng: np.random.Generator) -> Light:
 
 
 def _roads(rng: np.random.Generator) -> tuple[Road, Road]:
-    lanes, cross_lanes, middle = rng.integers(1, 4), rng.integers(1, 3), rng.uniform(22, 50)
+    lanes, cross_lanes = int(rng.integers(1, 4)), int(rng.integers(1, 3))
+    middle = rng.uniform(22, 50)
     half, cross_half = lanes * LANE + 6, cross_lanes * LANE + 6
     heading, origin = math.pi / 2 + rng.uniform(-0.2, 0.2), np.array([rng.uniform(-4, 4), 0])
     main = Road(origin, heading, lanes, (4, 170), (middle - cross_half, middle + cross_half))
@@ -306,7 +307,7 @@ def _background(stage: Stage) -> np.ndarray:
     """Sky, ground, roads and shadows: (H, W, 3) uint8."""
     (height, width), light = stage.size, stage.light
     depth = stage.camera.ground_depth(height)
-    top = np.count_nonzero(np.isinf(depth))  # rows above the horizon
+    top = int(np.count_nonzero(np.isinf(depth)))  # rows above the horizon
     zenith, horizon = np.array([light.zenith, light.horizon], np.float32)
     sky = zenith + (horizon - zenith) * np.linspace(0, 1, top, dtype=np.float32)[:, None] ** 1.5
     image = np.zeros((height, width, 3), np.uint8)
@@ -316,7 +317,7 @@ def _background(stage: Stage) -> np.ndarray:
     cast, contact = np.zeros(stage.size, np.uint8), np.zeros(stage.size, np.uint8)
     for thing in stage.things:
         shift = light.sun[:2] * (-thing.model.size[2] / light.sun[2])
-        hull = cv2.convexHull(np.float32([*thing.footprint, *(thing.footprint + shift)]))
+        hull = cv2.convexHull(np.array([*thing.footprint, *(thing.footprint + shift)], np.float32))
         _fill_ground(stage.camera, cast, hull.swapaxes(0, 1), 255)
         if thing.category:
             _fill_ground(stage.camera, contact, thing.footprint[None], 255)

@@ -54,8 +54,10 @@ def sweep(
     grid = list(itertools.product(sizes, args.batch_size))
     for own, batch_size in tqdm(grid, desc="batches and sizes"):
         inputs = {
-            size: [{"image": noise_image(*size, seed).to(device)} for seed in range(batch_size)]
-            for size in set(own.values())
+            (height, width): [
+                {"image": noise_image(height, width, seed).to(device)} for seed in range(batch_size)
+            ]
+            for height, width in set(own.values())
         }
         calls = {name: partial(model, inputs[own[name]]) for name, model in models.items()}
         with torch.no_grad(), autocast:

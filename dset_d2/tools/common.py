@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,7 +117,7 @@ class ConfigToolParser(ToolParser):
     def add_device(self) -> None:
         self.add_argument("--device", help="default: the config's train.device")
 
-    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+    def parse_args(self, args=None, namespace=None):
         words = list(sys.argv[1:] if args is None else args)
         if "--" not in words:
             overrides = list(takewhile(OVERRIDE.match, reversed(words)))
@@ -144,7 +145,7 @@ def read_configs(
 ) -> dict[str, DictConfig]:
     """Configs by their files' names, numbered where these repeat."""
     configs = {}
-    seen = Counter()
+    seen: Counter[str] = Counter()
     for path in paths:
         name = Path(path).stem
         seen[name] += 1
@@ -153,7 +154,7 @@ def read_configs(
     return configs
 
 
-def build(cfg: DictConfig, key: str) -> object:
+def build(cfg: DictConfig, key: str) -> Any:
     """What the config's node of that name describes."""
     node = OmegaConf.select(cfg, key)
     if node is None:
@@ -193,16 +194,16 @@ def check_weights(path: Path) -> None:
     if path.is_dir():
         names = {file.name for file in path.glob("*.pth")}
         # Of a run's many checkpoints, these are what it was made for.
-        names = sorted(names & {"model_best.pth", "model_final.pth"}) or sorted(names)
-        hint = f"; name one of its files: {', '.join(names)}" if names else " without checkpoints"
+        listed = sorted(names & {"model_best.pth", "model_final.pth"}) or sorted(names)
+        hint = f"; name one of its files: {', '.join(listed)}" if listed else " without checkpoints"
         raise IsADirectoryError(f"{path}: is a folder{hint}")
     if path.is_file():
         with open(path, "rb") as file:
             if WEB_PAGE.match(file.read(64)):
                 raise ValueError(f"{path}: a web page, not weights; download the file itself")
     elif path.parent.is_dir():
-        names = [file.name for file in path.parent.iterdir() if file.is_file()]
-        if hint := nearest(path.name, names):
+        files = [file.name for file in path.parent.iterdir() if file.is_file()]
+        if hint := nearest(path.name, files):
             raise FileNotFoundError(f"{path}: no such checkpoint{hint}")
 
 

@@ -28,6 +28,7 @@ from errno import EDQUOT, ENOSPC
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from detectron2.config import instantiate
@@ -141,7 +142,7 @@ def train(cfg: DictConfig, args: Namespace) -> None:
     optimizer = instantiate(cfg.optimizer)
     parallel = create_ddp_model(model, **cfg.train.ddp)
     trainer = Trainer(parallel, loader, optimizer, cfg.train.amp.enabled, cfg.train.accumulate)
-    averaged = {"ema": ema} if ema else {}
+    averaged: dict[str, Any] = {"ema": ema} if ema else {}
     checkpointer = AtomicCheckpointer(parallel, output_dir, trainer=trainer, **averaged)
     best = AtomicCheckpointer(parallel, output_dir, tag_last=False, **averaged)
 

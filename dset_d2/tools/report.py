@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -151,10 +152,14 @@ def make_report(cfg: DictConfig, config_file: str, overrides: Sequence[str]) -> 
     start = time.perf_counter()
     folder = Path(cfg.train.output_dir)
     gc.collect()  # what is left of the training takes memory and time
-    report = {"run": folder.name, "config": config_file, "overrides": list(overrides)}
+    report: dict[str, Any] = {
+        "run": folder.name,
+        "config": config_file,
+        "overrides": list(overrides),
+    }
     report |= {"settings": settings_of(cfg), "missing": []}
 
-    def add(part: Callable, *args) -> object:
+    def add(part: Callable, *args) -> Any:
         try:
             return part(*args)
         except Exception as error:  # of whatever kind: the run itself went well
@@ -223,7 +228,7 @@ def trained(folder: Path, best_metric: str) -> dict:
     prefix = best_metric.rpartition("/")[0] + "/"
     own = {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
     last = {name: next(reversed(curve.values())) for name, curve in curves.items()}
-    usage = defaultdict(dict)
+    usage: dict[str, dict] = defaultdict(dict)
     for name, value in last.items():
         if match := USAGE.fullmatch(name):
             usage[match[1]][int(match[2])] = value
@@ -250,7 +255,7 @@ def median(curve: Curve | None) -> float | None:
 
 def panels_of(curves: dict[str, Curve]) -> dict[str, dict[str, Curve]]:
     """The panels of the report's curves by their titles, each with its curves by name."""
-    panels = defaultdict(dict)
+    panels: dict[str, dict] = defaultdict(dict)
     for name, title, key in (
         ("total_loss", "loss", "training"),
         ("validation/total_loss", "loss", "validation"),
@@ -258,7 +263,7 @@ def panels_of(curves: dict[str, Curve]) -> dict[str, dict[str, Curve]]:
     ):
         if name in curves:
             panels[title][key] = curves[name]
-    kinds = defaultdict(lambda: defaultdict(float))
+    kinds: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     for name, curve in sorted(curves.items(), key=lambda item: natural(item[0])):
         task, _, metric = name.rpartition("/")
         if name.startswith("loss_"):
@@ -414,9 +419,9 @@ def sections(report: Mapping, folder: Path) -> Iterator[str]:
         )
     usage, kept = get("expert_usage") or {}, get("keep_ratio") or {}
     if usage or kept:
-        rows = [(f"usage of experts, {k}", shares(v)) for k, v in usage.items()]
-        rows += [(f"tokens kept, {k}", shares([x])) for k, x in kept.items()]
-        yield "## Sparse parts, as logged last\n\n" + pipe(rows, ("what", "share"))
+        shown = [(f"usage of experts, {k}", shares(v)) for k, v in usage.items()]
+        shown += [(f"tokens kept, {k}", shares([x])) for k, x in kept.items()]
+        yield "## Sparse parts, as logged last\n\n" + pipe(shown, ("what", "share"))
     if get("published"):
         rows = [tuple(row.values()) for row in get("published")]
         yield "## Published\n\n" + pipe(rows, ("model", "AP", "AP50", "AP75"))
@@ -432,8 +437,9 @@ def sections(report: Mapping, folder: Path) -> Iterator[str]:
         yield "## Pictures\n\n" + "\n\n".join(f"![{p.stem}]({p.name})" for p in pictures)
     yield f"## Settings\n\n`{report['config']}` with these overrides:"
     yield "\n".join(["```", *report["overrides"], "```"])
-    rows = [(k, v if isinstance(v, str) else json.dumps(v)) for k, v in get("settings").items()]
-    yield pipe(rows, ("setting", "value"))
+    settings = get("settings").items()
+    shown = [(k, v if isinstance(v, str) else json.dumps(v)) for k, v in settings]
+    yield pipe(shown, ("setting", "value"))
     present = sorted({path.name for path in folder.iterdir()} | {TEXT})
     found = [(", ".join(fnmatch.filter(present, key)), text) for key, text in FILES.items()]
     yield "## Files\n\n" + pipe([row for row in found if row[0]], ("file", "what it is"))
@@ -470,7 +476,7 @@ def pipe(rows: Iterable[Sequence], columns: Sequence[str], digits: str = "g") ->
     return tabulate(rows, columns, tablefmt="pipe", floatfmt=digits)
 
 
-def finite(value: object) -> object:
+def finite(value: Any) -> Any:
     """NaN and infinity, which JSON has not, as None."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}

@@ -113,7 +113,7 @@ class DINOv3(PretrainedBackbone):
         return 32
 
     @property
-    def pretrained_file(self) -> str:
+    def pretrained_file(self) -> str:  # type: ignore[override]
         size = self.name.removeprefix("vit_").split("_patch16")[0]
         files = f"model.safetensors of https://huggingface.co/timm/{self.name}.lvd1689m"
         if size in OFFICIAL_FILES:

@@ -65,7 +65,14 @@ class Bottleneck(nn.Module):
 
 
 class Stage(nn.Module):
-    def __init__(self, block: type, in_channels: int, width: int, count: int, stride: int) -> None:
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        in_channels: int,
+        width: int,
+        count: int,
+        stride: int,
+    ) -> None:
         super().__init__()
         self.blocks = nn.Sequential()
         for index in range(count):

@@ -92,7 +92,7 @@ class DFINECriterion(SetCriterion):
         encode = outputs["distribution"].encode
         shared = Shared.of(last, targets, union, divisor_of(matched), encode, mixture)
 
-        losses = {}
+        losses: dict[str, Tensor] = {}
         for (suffix, layer), match in zip(layers.items(), matches):
             losses |= self.layer_losses(layer, targets, match, divisor, shared, suffix)
         for (suffix, layer), match in zip(selected.items(), enc_matches):
@@ -104,9 +104,9 @@ class DFINECriterion(SetCriterion):
             layers = {f"_dn_{i}": in_fp32(x) for i, x in enumerate(outputs["dn_outputs"])}
             suffix, last = list(layers.items())[-1]
             # Processes have equally many queries per image, but maybe not equally many images.
-            queries = mean_counts([last["pred_logits"][..., 0].numel()], divisor.device)[0]
+            asked = mean_counts([last["pred_logits"][..., 0].numel()], divisor.device)[0]
             matched = boxes * denoising.groups
-            mixture = Mixture(share, divisor_of(matched), divisor_of(queries - matched))
+            mixture = Mixture(share, divisor_of(matched), divisor_of(asked - matched))
             shared = Shared.of(last, targets, match, divisor, encode, mixture)
             layers["_dn_pre"] = in_fp32(outputs["dn_pre_outputs"])
             # Upstream lists what the teacher learns from itself, here only.

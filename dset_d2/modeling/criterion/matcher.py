@@ -95,9 +95,12 @@ class HungarianMatcher(nn.Module):
             raise FloatingPointError(f"matching costs are not finite because of {bad or 'targets'}")
         counts = [len(t["labels"]) for t in targets]
         ends = np.cumsum([sets * queries * n for n in counts])[:-1]
-        pairs = [[] for _ in range(sets)]
+        pairs: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(sets)]
         for count, chunk in zip(counts, np.split(flat, ends)):
-            for found, cost in zip(pairs, chunk.reshape(sets, queries, count)):
-                query, target = linear_sum_assignment(cost)
-                found.append((torch.from_numpy(query), torch.from_numpy(target)))
-        return [Matches.from_lists(*zip(*found), counts) for found in pairs]
+            for found, one in zip(pairs, chunk.reshape(sets, queries, count)):
+                query, index = linear_sum_assignment(one)
+                found.append((torch.from_numpy(query), torch.from_numpy(index)))
+        return [
+            Matches.from_lists([query for query, _ in found], [index for _, index in found], counts)
+            for found in pairs
+        ]

@@ -116,7 +116,7 @@ class SetCriterion(nn.Module):
         matches, enc_matches, enc_targets = self.match(layers, selected, targets)
         suffixes = [""] + [f"_aux_{i}" for i in range(len(layers) - 1)]
 
-        losses = {}
+        losses: dict[str, Tensor] = {}
         for suffix, layer, match in zip(suffixes, layers, matches):
             losses |= self.set_losses(layer, targets, match, divisor, suffix)
         for i, (layer, match) in enumerate(zip(selected, enc_matches)):

@@ -320,7 +320,7 @@ class DETRDecoder(Part):
         denoising: Denoising | None,
     ) -> dict:
         """Sort the layers' predictions into the groups that the criterion knows."""
-        outputs = {}
+        outputs: dict[str, object] = {}
         if denoising:
             size = denoising.num_queries
             noised = [{name: x[:, :size] for name, x in layer.items()} for layer in layers]

@@ -91,7 +91,7 @@ def make_denoising(
     # Row-major order of (group, slot) matches the targets repeated group by group.
     offset = torch.arange(groups, device=device)[:, None] * 2 * slots
     positive = [(offset + torch.arange(n, device=device)).flatten() for n in counts]
-    target = [torch.arange(n, device=device).tile(groups) for n in counts]
+    matched = [torch.arange(n, device=device).tile(groups) for n in counts]
 
     # A denoising query is visible to its own group only; matching queries are visible to all.
     group = torch.arange(size, device=device) // (2 * slots)
@@ -99,5 +99,5 @@ def make_denoising(
     attn_mask = torch.zeros(len(viewer), len(viewer), dtype=torch.bool, device=device)
     attn_mask[:, :size] = viewer[:, None] != group
     return Denoising(
-        class_embed(labels), inverse_sigmoid(boxes), attn_mask, positive, target, groups
+        class_embed(labels), inverse_sigmoid(boxes), attn_mask, positive, matched, groups
     )

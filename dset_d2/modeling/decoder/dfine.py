@@ -36,7 +36,7 @@ class GatedDecoderLayer(TransformerDecoderLayer):
     """RT-DETR's layer with a gate around the cross-attention, which has no projections."""
 
     def __init__(self, dim: int, *args) -> None:
-        super().__init__(dim, *args, project_values=False)
+        super().__init__(dim, *args, project_values=False)  # type: ignore[misc]
         del self.norm2  # the gate has its own
         self.gateway = Gate(dim)
 
