@@ -198,7 +198,7 @@ def test_custom_config_takes_files_and_registered_data_sets(tmp_path):
 
 def test_no_number_of_classes_is_an_error():
     cfg = dset_d2.get_config("configs/rtdetr/rtdetrv2_r18_custom.py")
-    with pytest.raises(ValueError, match="num_classes=None must be the data set's number"):
+    with pytest.raises(ValueError, match="num_classes=None must be the number of the data set's"):
         instantiate(cfg.model)
 
 

@@ -12,7 +12,7 @@ from ..common.train import train
 
 model.encoder.update(hidden_dim=128, dim_feedforward=512)
 model.decoder.update(
-    num_classes=8, hidden_dim=128, dim_feedforward=512, num_queries=100, num_denoising=100
+    num_classes=8, hidden_dim=128, dim_feedforward=512, num_queries=60, num_denoising=40
 )
 
 dataloader.image_size = [128, 224]
@@ -22,14 +22,14 @@ dataloader.test.num_workers = 1
 
 optimizer.lr = 5e-4
 lr_multiplier = L(flat_cosine)(
-    max_iter="${train.max_iter}", warmup_iters="${part_of_run:0.4,6}", flat=0.0, floor=0.01
+    max_iter="${train.max_iter}", warmup_iters="${part_of_run:1,15}", flat=0.0, floor=0.01
 )
 train.update(
     output_dir="./output/rtdetrv2_r18_roadside",
     seed=0,
-    epochs=6,
+    epochs=5,
     images=480,
-    eval_period="${part_of_run:3,6}",
+    eval_period="${part_of_run:1,2}",
     best_metric="bbox/AP50",
     log_period=10,
 )

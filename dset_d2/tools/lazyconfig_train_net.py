@@ -223,7 +223,7 @@ def check(cfg: DictConfig, trainer: Trainer, evaluate: Callable[[], dict]) -> No
     seconds = time.perf_counter() - start
     start = time.perf_counter()
     metrics = flatten_results_dict(evaluate())
-    per_image = (time.perf_counter() - start) / FEW
+    waited = time.perf_counter() - start
     if not comm.is_main_process():
         return
     batch, metric = cfg.dataloader.train.total_batch_size, cfg.train.best_metric
@@ -238,7 +238,7 @@ def check(cfg: DictConfig, trainer: Trainer, evaluate: Callable[[], dict]) -> No
         "model": f"{trained / 1e6:.1f} M trained parameters",
         "weights": cfg.train.init_checkpoint or "random: train.init_checkpoint names none",
         "training": f"a step of {batch} images took {seconds:.2f} s{memory}; loss {loss:.2f}",
-        "evaluation": f"{per_image:.2f} s per image; {metric}",
+        "evaluation": f"{FEW} images of each test set took {waited:.1f} s; {metric}",
         "run": f"{steps} steps, {steps * batch / cfg.train.images:.1f} epochs; about {length}",
     }.items():
         print(f"{what:>10}: {found}")

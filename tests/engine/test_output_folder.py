@@ -21,7 +21,7 @@ from dset_d2.engine import checkpointer, hooks
 from dset_d2.engine.checkpointer import AtomicCheckpointer
 from dset_d2.engine.folder import claimed
 from dset_d2.engine.hooks import BestCheckpointer
-from dset_d2.tools import lazyconfig_train_net
+from dset_d2.tools import lazyconfig_train_net, preparation
 from dset_d2.tools.common import UsageError
 from dset_d2.tools.preparation import check_data_set_names
 
@@ -267,7 +267,7 @@ def test_several_test_sets_are_evaluated_each(tmp_path, images, capsys):
 
     evaluated = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lazyconfig_train_net, "print_csv_format", evaluated.append)
+        patch.setattr(preparation, "print_csv_format", evaluated.append)
         launch(tmp_path, "--eval-only", names, f"train.init_checkpoint={tmp_path}/model_best.pth")
     assert [result["bbox"]["AP50"] for result in evaluated] == [
         pytest.approx(last[f"{name}/bbox/AP50"]) for name in ("launcher_one", "launcher_images")
@@ -307,7 +307,7 @@ def test_metric_that_no_evaluation_gives_is_warned_of(tmp_path, images, monkeypa
     """Of evaluators whose metrics nobody knows before; what was trained is kept."""
     told = []
     monkeypatch.setattr(hooks.logger, "warning", lambda text, *values: told.append(text % values))
-    monkeypatch.setattr(lazyconfig_train_net, "COCOEvaluator", ())
+    monkeypatch.setattr(preparation, "COCOEvaluator", ())
     launch(tmp_path, "train.best_metric=box/AP", "train.max_iter=1")
     assert any("train.best_metric='box/AP' is no metric; close to it" in text for text in told)
     assert (tmp_path / "model_final.pth").exists()

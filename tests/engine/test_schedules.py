@@ -104,7 +104,7 @@ def launch(folder: Path, *options: str) -> None:
     flags = [option for option in options if option.startswith("--")]
     overrides = [option for option in options if not option.startswith("--")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lazyconfig_train_net, "setup_logger", lambda *_, **__: None)
+        patch.setattr(lazyconfig_train_net, "set_up_logs", lambda *_: None)
         own = [*TINY, f"train.output_dir={folder}", "train.device=cpu"]
         lazyconfig_train_net.run(["--config-file", DSET, *flags, *own, *overrides])
 

@@ -10,7 +10,7 @@ from ....configs.rtdetr.rtdetrv2_r18_roadside import (
 from .common.sparse import _decoder_moe, _patch_moe, _pruning
 
 model.encoder.update(pruning=_pruning, moe=_patch_moe)
-model.encoder.pruning.update(min_tokens=8, end_step="${part_of_run:2,6}")
+model.encoder.pruning.update(min_tokens=8, end_step="${part_of_run:1,3}")
 model.decoder.moe = _decoder_moe
 model.decoder.moe.num_experts = 4
 model.decoder.moe.top_k = 2
