@@ -41,8 +41,9 @@ def make_anchors(
     Coordinates are relative to the image, not to its padding; an anchor on padding lies outside
     of [0, 1] and so counts as invalid (infinite), like those close to the border.
     """
+    sizes = tuple((height, width) for height, width in shapes)
     if padding is None:
-        return square_anchors(tuple((height, width) for height, width in shapes), device)
-    centres = cell_centres(shapes, device)
+        return square_anchors(sizes, device)
+    centres = cell_centres(sizes, device)
     xy = centres[..., :2] / padding.ratio[:, None]
     return anchor_logits(torch.cat([xy, centres[..., 2:].expand_as(xy)], dim=-1))
