@@ -64,14 +64,14 @@ setup(
         "torchvision>=0.25",
         "numpy>=1.23",
         "scipy>=1.12",
-        "Pillow>=9.1",
+        "Pillow>=10.1",  # older ones turn a TIFF when it is read, and again
         "pycocotools>=2.0.6",
         "matplotlib>=3.5",
         "timm>=1.0.23",  # whose DINOv3 blocks have scales of one name
         "safetensors>=0.4.3",
         "fvcore>=0.1.5.post20221221",
-        "omegaconf>=2.1,<2.4",
-        "hydra-core>=1.1",
+        "omegaconf>=2.2.1,<2.4",
+        "hydra-core>=1.2",
         "tqdm>=4.60",
         "tabulate",
     ],

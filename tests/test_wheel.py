@@ -100,6 +100,14 @@ import dset_d2
     assert "dset_d2 needs Detectron2" in result.stderr and "opencv-python" in result.stderr
 
 
+def test_citation_names_the_papers_that_the_code_names():
+    references = yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"]
+    assert all({"type", "title", "authors", "year", "url"} <= set(work) for work in references)
+    named = {work["url"] for work in references}
+    for file in ROOT.glob("dset_d2/**/*.py"):
+        assert set(re.findall(r"https://arxiv.org/abs/[\d.]+\d", file.read_text())) <= named, file
+
+
 def test_version_is_the_same_everywhere():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     (newest, *_) = re.findall(r"^## \[(\d[^\]]*)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
