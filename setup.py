@@ -72,6 +72,7 @@ setup(
         "fvcore>=0.1.5.post20221221",
         "omegaconf>=2.2.1,<2.4",
         "hydra-core>=1.2",
+        "PyYAML>=5.1",
         "tqdm>=4.60",
         "tabulate",
     ],
