@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
 import dset_d2
@@ -143,6 +144,21 @@ def _join(rank: int, port: int, worker: Callable, args: tuple) -> None:
     torch.set_num_threads(1)
     worker(rank, *args)
     dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def own_data_sets() -> Iterator[None]:
+    """Names that a test registers, and files that its evaluators wrote, are no other test's."""
+    known = set(DatasetCatalog)
+    written = {name: vars(MetadataCatalog.get(name)).get("json_file") for name in known}
+    yield
+    for name in set(DatasetCatalog) - known:
+        DatasetCatalog.remove(name)
+    for name in set(MetadataCatalog) - known:
+        MetadataCatalog.remove(name)
+    for name in known:
+        if vars(MetadataCatalog.get(name)).get("json_file") != written[name]:
+            vars(MetadataCatalog.get(name)).pop("json_file")
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from .reading import DataError, UnreadableImage, read_image
 logger = logging.getLogger(__name__)
 
 # By Detectron2's values of INPUT.RANDOM_FLIP.
-FLIPS = {
+FLIPS = {  # arguments of RandomFlip, by Detectron2's names in configs
     "none": [],
-    "horizontal": [T.RandomFlip()],
-    "vertical": [T.RandomFlip(horizontal=False, vertical=True)],
+    "horizontal": [{}],
+    "vertical": [{"horizontal": False, "vertical": True}],
 }
 
 
@@ -116,7 +116,7 @@ class DETRMapper:
                 UntilStep(build(RandomPhotometric, cfg, "INPUT.RANDOM_PHOTOMETRIC"), end),
                 UntilStep(build(RandomZoomOut, cfg, "INPUT.RANDOM_ZOOM_OUT"), end, on_mosaic=False),
                 UntilStep(build(RandomIoUCrop, cfg, "INPUT.RANDOM_IOU_CROP"), end, on_mosaic=False),
-                *FLIPS[flip],
+                *(T.RandomFlip(**settings) for settings in FLIPS[flip]),
                 resize,
             ],
         }

@@ -7,7 +7,6 @@ from itertools import product
 import pytest
 import torch
 from detectron2.config import instantiate
-from detectron2.data import DatasetCatalog, MetadataCatalog
 
 import dset_d2
 from dset_d2.tools.common import ConfigToolParser, read_config
@@ -159,10 +158,6 @@ def test_custom_configs_stand_for_every_family():
 
 @pytest.mark.parametrize("config", CUSTOM)
 def test_classes_are_counted_where_they_are_not_given(config, tmp_path, error_of):
-    for default in ("custom_train", "custom_val"):  # of other tests in this process
-        if default in DatasetCatalog:
-            DatasetCatalog.remove(default)
-            MetadataCatalog.pop(default)
     file, name = write(tmp_path), next(names)
     own = [f"dataloader.test.dataset.names={name}", f"dataloader.test.dataset.json_file={file}"]
     own += [f"dataloader.test.dataset.image_root={tmp_path}"]
