@@ -20,9 +20,9 @@ dataloader.strong_augmentation_end = 0
 dataloader.train.update(total_batch_size=4, num_workers=1)
 dataloader.test.num_workers = 1
 
-optimizer.lr = 5e-4
+optimizer.lr = 8e-4
 lr_multiplier = L(flat_cosine)(
-    max_iter="${train.max_iter}", warmup_iters="${part_of_run:1,15}", flat=0.0, floor=0.01
+    max_iter="${train.max_iter}", warmup_iters="${part_of_run:1,15}", flat=0.6, floor=0.01
 )
 train.update(
     output_dir="./output/rtdetrv2_r18_roadside",

@@ -158,8 +158,8 @@ def test_killed_run_resumes_exactly(datasets, tmp_path):
     assert f"Starting training from iteration {step}" in result.stdout
     logged = losses(tmp_path)
     assert sorted(logged) == list(range(12))
-    schedule = flat_cosine(max_iter=12, warmup_iters=4, flat=0.0, floor=0.01)
-    expected = [5e-4 * schedule(i / 12) for i in range(12)]
+    schedule = flat_cosine(max_iter=12, warmup_iters=4, flat=0.6, floor=0.01)
+    expected = [8e-4 * schedule(i / 12) for i in range(12)]
     assert [logged[i]["lr"] for i in range(12)] == pytest.approx(expected)
     state = torch.load(tmp_path / "model_final.pth", weights_only=True)
     assert int(state["model"]["clock.steps"]) == state["ema"]["updates"] == 12
