@@ -19,7 +19,7 @@ from .reading import DataError, UnreadableImage, read_image
 logger = logging.getLogger(__name__)
 
 # By Detectron2's values of INPUT.RANDOM_FLIP.
-FLIPS = {  # arguments of RandomFlip, by Detectron2's names in configs
+FLIPS: dict[str, list[dict]] = {  # arguments of RandomFlip, by Detectron2's names in configs
     "none": [],
     "horizontal": [{}],
     "vertical": [{"horizontal": False, "vertical": True}],
