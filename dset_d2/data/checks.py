@@ -24,14 +24,20 @@ def dataset_names(node: Mapping) -> list[str]:
 
     There are none if it loads something else than registered data sets.
     """
-    while "dataset" in node:
-        node = node["dataset"]
+    node = innermost(node)
     if target_name(node) not in LOADERS:
         return []
     names = node["names"]
     if not names:
         raise DataError(f"names={names}: names no data set")
     return [names] if isinstance(names, str) else list(names)
+
+
+def innermost(node: Mapping) -> Mapping:
+    """The node of the data set itself, without what composes its images."""
+    while "dataset" in node:
+        node = node["dataset"]
+    return node
 
 
 def target_name(node: Mapping) -> str:

@@ -256,9 +256,8 @@ def log_records(records: dict[str, Record]) -> None:
             usage = torch.as_tensor(values["usage"]).tolist()
             scalars |= {f"usage_{expert}": share for expert, share in enumerate(usage)}
             scalars["max_usage"] = max(usage)
-            shares = (
-                torch.as_tensor(values["coactivation"]).diagonal().tolist()
-            )  # of the tokens, by expert
+            # Of the tokens, by expert.
+            shares = torch.as_tensor(values["coactivation"]).diagonal().tolist()
             if (share := max(shares)) > collapse_share(len(shares), sum(shares)):
                 collapsed.append(f"{name}: {share:.0%} by expert {shares.index(share)}")
         for key, value in scalars.items():

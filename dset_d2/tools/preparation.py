@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import Dataset
 
 from ..config import nearest
-from ..data.checks import check_datasets, check_images, dataset_names, target_name
+from ..data.checks import check_datasets, check_images, dataset_names, innermost, target_name
 from ..engine.console import evaluation_lines, printed_to_log
 from ..engine.hooks import no_metric
 from ..engine.trainer import check_parts
@@ -39,10 +39,8 @@ def load_training_set(cfg: DictConfig) -> Sequence | Dataset | None:
     node = cfg.dataloader.train
     if "dataset" not in node:
         return None
-    while "dataset" in node:
-        node = node["dataset"]
     with usage_errors("the config's dataloader.train"):
-        return instantiate(node)
+        return instantiate(innermost(node))
 
 
 def with_loaded(node: DictConfig, dataset: Sequence | Dataset) -> dict | Sequence | Dataset:
