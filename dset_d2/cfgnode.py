@@ -21,6 +21,7 @@ from .modeling import (
     RTDETRDecoder,
     SetCriterion,
     SpatialTuningAdapter,
+    WindowConfig,
 )
 from .modeling.sparse import MemoryPruningConfig, MoEConfig, PruningConfig
 
@@ -41,6 +42,10 @@ def add_detr_config(cfg: CfgNode) -> None:
                                   :class:`PlainAdapter`, by its ``NAME``
       ``.FREEZE``                 :class:`FreezeConfig` if it is ``ENABLED``
       ``.LORA``                   :class:`LoRAConfig`, none if ``RANK`` is 0
+      ``.PRUNING``                a list, each with the arguments of
+                                  :class:`~dset_d2.modeling.sparse.ViTPruningConfig` as they are
+      ``.MOE``                    :class:`MoEConfig`, none if ``NUM_EXPERTS`` is 0
+      ``.WINDOWS``                :class:`WindowConfig` if it is ``ENABLED``
     ``MODEL.ENCODER``             the encoder of a ``NAME``: :class:`HybridEncoder`;
                                   ``USE_ENCODER_IDX`` below 0 count from the coarsest scale
       ``.MOE``                    :class:`MoEConfig`, none if ``NUM_EXPERTS`` is 0
@@ -127,4 +132,6 @@ def add_backbones(node: CfgNode) -> None:
         ADAPTER=adapter,
         FREEZE=keys_of(FreezeConfig, ENABLED=False),
         LORA=keys_of(LoRAConfig, RANK=0),
+        MOE=keys_of(MoEConfig, NUM_EXPERTS=0),
+        WINDOWS=keys_of(WindowConfig, ENABLED=False),
     )

@@ -162,13 +162,21 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; there is: {', '.join(known)}" if 0 < len(known) <= 20 else ""
 
 
-def all_keys(cfg, prefix: str = "") -> set[str]:
+def all_keys(cfg: DictConfig) -> set[str]:
     """Dotted names of all nodes and leaves, and of what the nodes' targets take beside them."""
-    if not isinstance(cfg, DictConfig):
-        return set()
-    keys = {f"{prefix}{name}" for name in parameters_of(cfg.get("_target_"))}
-    for key, value in cfg.items_ex(resolve=False):
-        keys |= {f"{prefix}{key}"} | all_keys(value, f"{prefix}{key}.")
+    return keys_within(OmegaConf.to_container(cfg, resolve=False), "")
+
+
+def keys_within(node: object, prefix: str) -> set[str]:
+    keys: set[str] = set()
+    items: Iterable = ()
+    if isinstance(node, dict):
+        keys |= {f"{prefix}{name}" for name in parameters_of(node.get("_target_"))}
+        items = node.items()
+    elif isinstance(node, list):  # whose items go by their indices
+        items = enumerate(node)
+    for key, value in items:
+        keys |= {f"{prefix}{key}"} | keys_within(value, f"{prefix}{key}.")
     return keys
 
 

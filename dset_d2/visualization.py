@@ -197,7 +197,7 @@ def sparsity_pictures(image: np.ndarray, records: dict[str, Record]) -> dict[str
         elif isinstance(record, MoERecord) and record.tokens is not None:
             shape, index = record.tokens.shape, record.tokens.index
             cells = np.arange(shape[0] * shape[1]) if index is None else index[0].cpu().numpy()
-            experts = record.routing.experts[:, 0].cpu().numpy()
+            experts = record.routing.experts[record.tokens.prefix :, 0].cpu().numpy()
             fill = fill_of(record.tokens)
             drawn = draw_experts(image, shape, cells, experts, fill)
             legend = [(str(i), PALETTE[i % len(PALETTE)]) for i in range(record.config.num_experts)]

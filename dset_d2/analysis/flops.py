@@ -13,7 +13,7 @@ Any other operator is an error, and so is a trace whose products differ from the
 """
 
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
 from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
 from fvcore.nn.jit_handles import generic_activation_jit, get_shape
@@ -117,8 +117,16 @@ def grid_sampler(inputs, outputs) -> int:
     return prod(get_shape(outputs[0])) * weighted
 
 
+def antialiased(inputs, outputs) -> int:
+    """Weighted values of a triangle's width, along rows and then along columns."""
+    (*batch, height, width), (*_, rows, columns) = get_shape(inputs[0]), get_shape(outputs[0])
+    across, down = (2 * max(1, ceil(n / m)) for n, m in ((width, columns), (height, rows)))
+    return prod(batch) * columns * (height * across + rows * down)
+
+
 HANDLES = {f"aten::{name}": None for name in FREE} | {
     "aten::_grouped_mm": grouped_mm,
+    "aten::_upsample_bilinear2d_aa": antialiased,
     "aten::baddbmm": baddbmm,
     "aten::einsum": einsum,
     "aten::grid_sampler": grid_sampler,

@@ -1,4 +1,11 @@
-from .backbone import DINOv3, HGNetv2, PlainAdapter, PResNet, SpatialTuningAdapter
+from .backbone import (
+    DINOv3,
+    HGNetv2,
+    PlainAdapter,
+    PResNet,
+    SpatialTuningAdapter,
+    WindowConfig,
+)
 from .context import Knobs, forward_context
 from .criterion import DFINECriterion, HungarianMatcher, SetCriterion
 from .decoder import DFINEDecoder, RTDETRDecoder
@@ -39,6 +46,7 @@ __all__ = [
     "RTDETRDecoder",
     "SetCriterion",
     "SpatialTuningAdapter",
+    "WindowConfig",
     "build_criterion",
     "build_decoder",
     "build_encoder",

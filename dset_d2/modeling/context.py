@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from .tokens import TokenMap
+from .tokens import Padding, TokenMap
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ class ForwardContext:
     Attributes:
         step: training steps that are done, which schedules follow; None: past all of them.
         knobs: what this call changes.
+        padding: which of the images is image; None: all of it.
         tokens: where the tokens that blocks work on stand; None for queries.
         records: what parts leave, by name; None if nobody wants it.
         accumulation: the batch that this forward is a part of; None if it is all.
@@ -102,6 +103,7 @@ class ForwardContext:
 
     step: int | None = None
     knobs: Knobs = field(default_factory=Knobs)
+    padding: Padding | None = None
     tokens: TokenMap | None = None
     records: dict[str, Record] | None = None
     accumulation: Accumulation | None = None

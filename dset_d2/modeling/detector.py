@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from ..arguments import arguments, naming_keys
-from .context import Knobs
+from .context import Knobs, forward_context
 from .encoder import Encoded
 from .layers import check_choice
 from .meta_arch import MetaArch
@@ -105,7 +105,7 @@ class DETRDetector(MetaArch):
             padding: which of them is image; None: all.
             knobs: of this call; :meth:`decode` may be given others.
         """
-        with self.context(knobs):
+        with self.context(knobs), forward_context(padding=padding):
             features = self.backbone(images)
             return self.encoder([features[name] for name in self.encoder.in_features], padding)
 

@@ -22,6 +22,18 @@ def activation(name: str | None) -> nn.Module:
     return ACTIVATIONS[name]()
 
 
+def activation_name(module: nn.Module) -> str:
+    """What :func:`activation` makes such a module of.
+
+    Raises:
+        ValueError: for a module that it does not make.
+    """
+    for name, kind in ACTIVATIONS.items():
+        if isinstance(module, kind):
+            return name
+    raise ValueError(f"the activation {module} is not one of {sorted(ACTIVATIONS)}")
+
+
 def check_choice(name: str, value: object, allowed) -> None:
     """Raise a ``ValueError`` that names the setting, its value and what is allowed."""
     if value not in allowed:

@@ -1,9 +1,10 @@
 """Tokens of a feature map: which are image, which are kept, and where they stand."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -73,6 +74,21 @@ def restore(full: Tensor, index: Tensor | None, tokens: Tensor) -> Tensor:
     return full.scatter(1, index[..., None].expand_as(tokens), tokens.to(full.dtype))
 
 
+def to_windows(tokens: Tensor, shape: tuple[int, int], rows: int, columns: int) -> Tensor:
+    """The tokens of a map by its windows, of which there are ``rows`` below each other and
+    ``columns`` side by side: (B, H * W, C) -> (B * rows * columns, n, C)."""
+    height, width = shape
+    grid = tokens.unflatten(1, (rows, height // rows, columns, width // columns))
+    return grid.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+
+
+def from_windows(tokens: Tensor, shape: tuple[int, int], rows: int, columns: int) -> Tensor:
+    """What :func:`to_windows` undoes: (B * rows * columns, n, C) -> (B, H * W, C)."""
+    height, width = shape
+    grid = tokens.unflatten(1, (height // rows, width // columns)).unflatten(0, (-1, rows, columns))
+    return grid.transpose(2, 3).flatten(1, 4)
+
+
 @dataclass(frozen=True)  # torch 2.10 compiles no property of a NamedTuple
 class TokenMap:
     """Where tokens stand: on which cells of a feature map.
@@ -81,30 +97,33 @@ class TokenMap:
         shape: (H, W) of the map.
         padding: which of the map is image; None: all of it.
         index: (B, N) row-major cells of the tokens; None: one token on each cell, in order.
+        prefix: tokens in front of these that stand on no cell, such as a ViT's class token.
     """
 
     shape: tuple[int, int]
     padding: Padding | None = None
     index: Tensor | None = None
+    prefix: int = 0
 
     @property
     def valid(self) -> Tensor | None:
-        """(B, N) bool, False for tokens on padding; None if there is none."""
+        """(B, prefix + N) bool, False for tokens on padding; None if there is none."""
         if self.padding is None:
             return None
-        return prune(self.padding.valid_tokens(*self.shape), self.index)
+        valid = prune(self.padding.valid_tokens(*self.shape), self.index)
+        return F.pad(valid, (self.prefix, 0), value=True)
 
     def prune(self, index: Tensor | None) -> "TokenMap":
         """The map of the tokens that an index (B, K) keeps of these."""
         if index is None:
             return self
         index = index if self.index is None else self.index.gather(1, index)
-        return TokenMap(self.shape, self.padding, index)
+        return replace(self, index=index)
 
     def regions(self, size: int, batch: int, device: torch.device) -> "Regions":
         """The tokens of a batch by the squares of ``size`` x ``size`` cells that they stand in.
 
-        Each image has regions of its own, and so has its padding.
+        Each image has regions of its own, so has its padding, and a token on no cell is one.
         """
         height, width = self.shape
         rows, columns = -(-height // size), -(-width // size)
@@ -112,8 +131,10 @@ class TokenMap:
         if cells is None:
             cells = torch.arange(height * width, device=device).expand(batch, -1)
         index = cells // width // size * columns + cells % width // size
-        index = index + torch.arange(batch, device=device)[:, None] * rows * columns
-        count = batch * rows * columns
+        own = rows * columns + torch.arange(self.prefix, device=device).expand(batch, -1)
+        index, each = torch.cat([own, index], dim=1), rows * columns + self.prefix
+        index = index + torch.arange(batch, device=device)[:, None] * each
+        count = batch * each
         if self.padding is None:
             return Regions(index.flatten(), count)
         return Regions((index + ~self.valid * count).flatten(), 2 * count)

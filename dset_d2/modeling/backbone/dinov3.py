@@ -1,21 +1,30 @@
 """DINOv3's ViT (https://arxiv.org/abs/2508.10104) as a backbone, on timm, with an adapter for the
 three scales that a detector wants."""
 
+import math
+from collections.abc import Sequence
+from typing import cast
+
 import timm
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.modeling import BACKBONE_REGISTRY
+from omegaconf import ListConfig, OmegaConf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...arguments import arguments, build
-from ..context import checkpoint_contexts, current
+from ..context import checkpoint_contexts, current, forward_context
+from ..ffn import find_ffn
 from ..freezing import FreezeConfig, Phases, zero_gradients
-from ..layers import check_choice
+from ..layers import activation_name, check_choice
 from ..lora import LoRAConfig, add_lora
-from .adapters import ADAPTERS, LEVELS
+from ..sparse import MoE, MoEConfig, TokenPruner, ViTPruningConfig, moe_layers
+from ..tokens import TokenMap
+from .adapters import ADAPTERS, LEVELS, resize
 from .base import PretrainedBackbone
+from .layouts import Layout, WindowConfig, pruned_layout, whole_layout, windowed_layout
 
 PATCH = 16
 
@@ -50,6 +59,12 @@ class DINOv3(PretrainedBackbone):
         lora: adapts the ViT's attention; trained from the start, whatever is frozen.
         gradient_checkpointing: compute the blocks that are trained twice instead of keeping
             their activations.
+        pruning: places in the ViT where tokens are pruned. The scorers are trained in all phases:
+            by the boxes, and through their gates as far as gradients flow through the ViT.
+        moe: replaces the FFNs of some blocks by mixtures of experts.
+        windows: attention within windows; not with what prunes or routes.
+        scale: of the image that the ViT sees, the adapter sees it whole; its sides are rounded to
+            whole patches (and windows).
     """
 
     @configurable
@@ -63,6 +78,10 @@ class DINOv3(PretrainedBackbone):
         freeze: FreezeConfig | None = None,
         lora: LoRAConfig | None = None,
         gradient_checkpointing: bool = False,
+        pruning: Sequence[ViTPruningConfig] = (),
+        moe: MoEConfig | None = None,
+        windows: WindowConfig | None = None,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         check_choice("name", name, timm.list_models("vit_*_patch16_dinov3*"))
@@ -89,28 +108,88 @@ class DINOv3(PretrainedBackbone):
         self._out_feature_strides = dict(zip(LEVELS, (8, 16, 32)))
 
         blocks = self.dinov3.blocks
+        self.windows, self.scale = windows, scale
+        if isinstance(pruning, ListConfig):  # which makes DictConfigs of its dataclasses
+            pruning = cast(list, OmegaConf.to_object(pruning))
+        self.check_sparsity(pruning, moe, freeze)
+        kept = range(len(blocks)) if windows is None else windows.global_blocks
+        self.windowed_blocks = set(range(len(blocks))) - set(kept)
+        self.pruners = nn.ModuleDict(
+            {str(config.block): TokenPruner(config, self.dinov3.embed_dim) for config in pruning}
+        )
+        add_experts(blocks, moe)
         first_lora = len(blocks) if lora is None else add_lora(blocks, lora)
         self.phases = Phases(self.dinov3, freeze, first_lora)
         self.fine_tuned = freeze is not None
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> dict:
-        node, freeze, lora = cfg.MODEL.DINOV3, None, None
+        node, freeze, lora, moe, windows = cfg.MODEL.DINOV3, None, None, None, None
         check_choice("MODEL.DINOV3.ADAPTER.NAME", node.ADAPTER.NAME, ADAPTERS)
         if node.FREEZE.ENABLED:
             freeze = build(FreezeConfig, cfg, "MODEL.DINOV3.FREEZE")
         if node.LORA.RANK:
             lora = build(LoRAConfig, cfg, "MODEL.DINOV3.LORA")
+        if node.MOE.NUM_EXPERTS:
+            moe = build(MoEConfig, cfg, "MODEL.DINOV3.MOE")
+        if node.WINDOWS.ENABLED:
+            windows = build(WindowConfig, cfg, "MODEL.DINOV3.WINDOWS")
         return arguments(cls, cfg, "MODEL.DINOV3") | {
             "adapter": build(ADAPTERS[node.ADAPTER.NAME], cfg, "MODEL.DINOV3.ADAPTER"),
             "vit": dict(node.VIT),
             "freeze": freeze,
             "lora": lora,
+            "pruning": [ViTPruningConfig(**place) for place in node.PRUNING],
+            "moe": moe,
+            "windows": windows,
         }
+
+    def check_sparsity(
+        self,
+        pruning: Sequence[ViTPruningConfig],
+        moe: MoEConfig | None,
+        freeze: FreezeConfig | None,
+    ) -> None:
+        """Raise a ValueError for settings that do not fit the ViT or each other."""
+        depth, places = len(self.dinov3.blocks), [config.block for config in pruning]
+        if len(set(places)) < len(places) or not all(0 <= place < depth for place in places):
+            raise ValueError(
+                f"pruning: block={places} must differ from each other and lie in 0..{depth - 1}"
+            )
+        for config in pruning:
+            taught = config.scorer == "attention" or config.foreground_weight
+            if freeze is not None and not taught:
+                raise ValueError(
+                    f"foreground_weight={config.foreground_weight} of pruning must be positive: "
+                    "boxes alone teach the scorer of a frozen ViT"
+                )
+        replaced = [i for i, config in enumerate(moe_layers(moe, depth)) if config is not None]
+        if freeze is not None:
+            trained = depth - len(freeze.block_steps())
+            if frozen := [index for index in replaced if index < trained]:
+                raise ValueError(
+                    f"layers of moe: the blocks {frozen} are never trained, see freeze; take some "
+                    f"of {list(range(trained, depth))}"
+                )
+        if not 0 < self.scale <= 1:
+            raise ValueError(f"scale={self.scale} must lie in (0, 1]")
+        if self.windows is None:
+            return
+        if pruning or moe is not None:
+            raise ValueError("windows go with neither pruning nor moe")
+        wrong = [index for index in self.windows.global_blocks if not 0 <= index < depth]
+        if wrong:
+            raise ValueError(f"global_blocks={wrong} of windows must lie in 0..{depth - 1}")
+
+    @property
+    def divisors(self) -> tuple[int, int]:
+        """What must divide the height and width of the image that the ViT sees."""
+        windows = self.windows or WindowConfig(1, 1)
+        return PATCH * windows.rows, PATCH * windows.columns
 
     @property
     def size_divisibility(self) -> int:
-        return 32
+        return math.lcm(32, *self.divisors)
 
     @property
     def pretrained_file(self) -> str:  # type: ignore[override]
@@ -144,8 +223,20 @@ class DINOv3(PretrainedBackbone):
         """(B, 3, H, W) -> {"p3": (B, C, H / 8, W / 8), ...}; odd sides are rounded up."""
         self.check_start()
         height, width = x.shape[2:]
-        x = F.pad(x, (0, -width % PATCH, 0, -height % PATCH))
-        return dict(zip(LEVELS, self.adapter(x, self.maps(x))))
+        down, across = self.divisors
+        x = F.pad(x, (0, -width % across, 0, -height % down))
+        maps = self.maps(self.scaled(x))
+        shape = x.shape[2] // PATCH, x.shape[3] // PATCH
+        return dict(zip(LEVELS, self.adapter(x, [resize(m, shape) for m in maps])))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """The image as the ViT sees it."""
+        if self.scale == 1:
+            return x
+        sides = zip(x.shape[2:], self.divisors)
+        height, width = (max(1, round(int(side) * self.scale / d)) * d for side, d in sides)
+        size = height, width
+        return F.interpolate(x, size, mode="bilinear", antialias=True)
 
     def maps(self, x: Tensor) -> list[Tensor]:
         """The ViT's maps (B, embed_dim, H / 16, W / 16) after each tap."""
@@ -153,17 +244,37 @@ class DINOv3(PretrainedBackbone):
         first, unfrozen = self.begin_step() if self.training else (-1, True)
         with torch.set_grad_enabled(gradients and first < 0):
             tokens, rope, shape = self.embed(x)
+        where = TokenMap(shape, current().padding, prefix=vit.num_prefix_tokens)
+        layout = whole_layout(tokens, rope, where)
         maps = []
         for index, block in enumerate(vit.blocks):
-            with torch.set_grad_enabled(gradients and index >= first):
-                tokens = self.run(block, tokens, rope)
+            if self.begins_layout(index):
+                layout = self.lay_out(index, layout.whole(tokens), rope, where)
+                tokens = layout.tokens
+            trained = gradients and index >= first
+            with torch.set_grad_enabled(trained), forward_context(tokens=layout.where):
+                tokens = self.run(block, tokens, layout.rope)
             if index in self.taps:
                 with torch.set_grad_enabled(gradients and (unfrozen or index >= first)):
-                    patches = vit.norm(tokens[:, vit.num_prefix_tokens :])
+                    patches = vit.norm(layout.whole(tokens)[:, vit.num_prefix_tokens :])
                 maps.append(patches.transpose(1, 2).unflatten(2, shape))
         if self.training:
             maps[-1] = zero_gradients(maps[-1], self.phases.dormant_parameters())
         return maps
+
+    def begins_layout(self, index: int) -> bool:
+        """Whether a block works on other tokens than the one in front of it."""
+        windowed = self.windowed_blocks
+        return str(index) in self.pruners or (index in windowed) != (index - 1 in windowed)
+
+    def lay_out(self, index: int, tokens: Tensor, rope: Tensor, where: TokenMap) -> Layout:
+        """What a block and those behind it work on, of all tokens (B, prefix + h * w, C)."""
+        if str(index) in self.pruners:
+            block = self.dinov3.blocks[index]
+            return pruned_layout(self.pruners[str(index)], block, tokens, rope, where)
+        if index in self.windowed_blocks:
+            return windowed_layout(self.windows, tokens, rope, where)
+        return whole_layout(tokens, rope, where)
 
     def begin_step(self) -> tuple[int, bool]:
         """The first block that is trained at the present step, and whether the norm is."""
@@ -186,3 +297,19 @@ class DINOv3(PretrainedBackbone):
                 block, tokens, rope, use_reentrant=False, context_fn=checkpoint_contexts
             )
         return block(tokens, rope)
+
+
+def add_experts(blocks: Sequence[nn.Module], config: MoEConfig | None) -> None:
+    """Put mixtures of experts in the place of blocks' FFNs.
+
+    Raises:
+        ValueError: if a block has none of two layers.
+    """
+    for index, (block, experts) in enumerate(zip(blocks, moe_layers(config, len(blocks)))):
+        if experts is None:
+            continue
+        seam = find_ffn(block)
+        if seam is None:
+            raise ValueError(f"layers of moe: block {index} has a gated FFN, not one of two layers")
+        hidden, dim = seam.linear1.weight.shape
+        seam.replace(MoE(experts, dim, hidden, activation_name(seam.activation), seam.dropout))

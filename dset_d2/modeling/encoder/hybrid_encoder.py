@@ -162,6 +162,8 @@ class HybridEncoder(nn.Module):
             raise ValueError(
                 f"use_encoder_idx={list(use_encoder_idx)} must lie in 0..{len(in_channels) - 1}"
             )
+        if pruning is not None and pruning.scorer != "learned":
+            raise ValueError(f"scorer={pruning.scorer!r} of pruning needs a ViT's class token")
         self.in_features = list(in_features)
         self.hidden_dim = hidden_dim
         self.use_encoder_idx = list(use_encoder_idx)

@@ -7,6 +7,7 @@ from .pruning import (
     PruningConfig,
     PruningRecord,
     TokenPruner,
+    ViTPruningConfig,
 )
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "PruningConfig",
     "PruningRecord",
     "TokenPruner",
+    "ViTPruningConfig",
     "moe_layers",
 ]

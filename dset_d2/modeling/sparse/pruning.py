@@ -6,6 +6,7 @@ https://arxiv.org/abs/2307.12612) and from the task, which reaches it through a 
 """
 
 import math
+import random
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,6 +35,10 @@ class PruningConfig:
         placement: "before" prunes what enters the encoder's layers and saves their compute;
             "after" saves nothing there; the decoder then neither reads nor selects the pruned.
         restore: what a pruned token becomes: "bypass" keeps its feature, "zero" clears it.
+        scorer: "learned", the MLP; "attention" needs no training: what the class and register
+            tokens of a ViT would attend to, next.
+        random_ratio: each training step draws its ratio evenly between the schedule's and 1, for
+            a model that shall run at any of them.
         gate: let the task train the scorer, by a factor that is 1 in value.
         spatial_prior: add a learnable map to the scores: a fixed camera's empty regions. None
             adds none; "flat" starts at 0, "centre" prefers the picture's centre to its border
@@ -49,6 +54,8 @@ class PruningConfig:
     end_step: int = 0
     placement: str = "before"
     restore: str = "bypass"
+    scorer: str = "learned"
+    random_ratio: bool = False
     gate: bool = True
     spatial_prior: str | None = None
     foreground_weight: float = 1.0
@@ -62,12 +69,36 @@ class PruningConfig:
             raise ValueError(f"min_tokens={self.min_tokens} must be at least 1")
         check_choice("placement", self.placement, ("before", "after"))
         check_choice("restore", self.restore, ("bypass", "zero"))
+        check_choice("scorer", self.scorer, ("learned", "attention"))
         if self.spatial_prior is not None:
             check_choice("spatial_prior", self.spatial_prior, PRIORS)
+            if self.scorer != "learned":
+                raise ValueError(
+                    f"spatial_prior={self.spatial_prior!r} is learned and needs scorer='learned'"
+                )
         check_ramp("PruningConfig", self.start_step, self.end_step)
         for name in ("foreground_weight", "sparsity_weight", "diversity_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTPruningConfig(PruningConfig):
+    """Settings of token pruning at one place of a ViT.
+
+    Prefix tokens stay. What is pruned passes by the blocks from here to the next place, where all
+    are scored anew; a tap reads it as it was here.
+
+    Args:
+        block: index of the block in front of which tokens are pruned.
+    """
+
+    block: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.placement != "before":
+            raise ValueError(f"placement={self.placement!r} must be 'before' in a ViT")
 
 
 @dataclass(frozen=True)
@@ -120,13 +151,15 @@ class PruningRecord(NamedTuple):
     kept: TokenMap
 
     def losses(self, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Weighted losses of the scorer; those with weight 0 are left out.
+        """Weighted losses of a learned scorer; those with weight 0 are left out.
 
         Args:
             targets: per image ``boxes`` (n, 4) cx, cy, w, h in [0, 1].
         """
         config, valid = self.config, self.where.valid
-        losses = {}
+        losses: dict[str, Tensor] = {}
+        if config.scorer != "learned":
+            return losses
         if config.foreground_weight:
             wanted = self.foreground(targets).to(self.scores)
             entropy = F.binary_cross_entropy_with_logits(self.scores, wanted, reduction="none")
@@ -166,15 +199,19 @@ class TokenPruner(Part):
     def __init__(self, config: PruningConfig, dim: int) -> None:
         super().__init__()
         self.config = config
-        self.scorer = MLP(dim, 128, 1, 2)
+        if config.scorer == "learned":
+            self.scorer = MLP(dim, 128, 1, 2)
         if config.spatial_prior is not None:
             self.prior = nn.Parameter(spatial_prior(config.spatial_prior)[None, None])
 
     def ratio(self) -> float:
         """The share of the map's tokens that is kept in this call."""
         config, context = self.config, current()
-        scheduled = ramp(context.step, config.start_step, config.end_step, 1.0, config.keep_ratio)
-        return context.knobs.keep_ratio or scheduled
+        ratio = ramp(context.step, config.start_step, config.end_step, 1.0, config.keep_ratio)
+        if self.training and config.random_ratio:
+            # The step seeds the draw: all places and processes, and a resumed run, draw alike.
+            ratio = 1 - random.Random(context.step).random() * (1 - ratio)
+        return context.knobs.keep_ratio or ratio
 
     def knob_limits(self) -> dict[str, float]:
         return {"keep_ratio": 1.0}
@@ -189,11 +226,14 @@ class TokenPruner(Part):
             scores = scores + prune(prior.flatten(1), where.index)
         return scores
 
-    def forward(self, tokens: Tensor, where: TokenMap) -> tuple[Tensor | None, Tensor | None]:
+    def forward(
+        self, tokens: Tensor, where: TokenMap, scores: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Choose among tokens (B, N, dim).
 
         Args:
             where: the cells that they stand on; of another pruner's, if it has thinned them.
+            scores: (B, N) of a scorer that is not this one's.
 
         Returns:
             Indices (B, K) of the kept tokens in spatial order, None if all are kept; and their
@@ -201,8 +241,8 @@ class TokenPruner(Part):
         """
         total, cells = tokens.shape[1], math.prod(where.shape)
         count = min(total, keep_count(self.ratio(), cells, self.config.min_tokens))
-        scores = index = None
-        if count < total or self.training:
+        learned, index = scores is None, None
+        if learned and (count < total or self.training):
             scores = self.scores(tokens, where)
         if count < total:
             valid = where.valid
@@ -213,7 +253,7 @@ class TokenPruner(Part):
             kept = where.prune(index)
             record = PruningRecord(self.config, scores, tokens, where, kept)
             context.leave(self.record_name, record)
-        if not (self.training and self.config.gate):
+        if not (learned and self.training and self.config.gate):
             return index, None
         worth = prune(scores, index).sigmoid()[..., None]
         return index, 1 + (worth - worth.detach())
