@@ -8,6 +8,7 @@ from .pruning import (
     PruningRecord,
     TokenPruner,
 )
+from .upcycling import initialize_from_pretrained_ffn
 
 __all__ = [
     "MemoryPruner",
@@ -18,5 +19,6 @@ __all__ = [
     "PruningConfig",
     "PruningRecord",
     "TokenPruner",
+    "initialize_from_pretrained_ffn",
     "moe_layers",
 ]
