@@ -24,7 +24,9 @@ train = dict(
     log_period=20,
     device="cuda" if torch.cuda.is_available() else "cpu",
     # Read by dset_d2.tools.lazyconfig_train_net only:
-    upcycling="auto",  # how experts start from init_checkpoint's FFNs: copies, split, auto or none
+    # How experts start from init_checkpoint's FFNs: slots, copies, split or paper; auto takes what
+    # fits of the first three, none leaves them fresh.
+    upcycling="auto",
     resume_from="",  # a checkpoint to go on from, with its optimizer and its steps, in a new folder
     accumulate=1,  # parts of a batch that are computed in turn, to save memory
     lr_batch_size=0,  # batch that optimizer.lr is meant for: others scale it linearly; 0: none does

@@ -7,6 +7,7 @@ from pathlib import Path
 from timm.models.eva import checkpoint_filter_fn
 from torch import Tensor, nn
 
+from .experts import check_upcycling, dense_ffns, upcycle_ffns, warn_of_keys
 from .reading import check_finite, read_state_dict
 
 logger = logging.getLogger(__name__)
@@ -34,23 +35,27 @@ def load_dinov3(
     source: str | Path | dict,
     name: str = "state dict",
     adapter_optional: bool = False,
+    upcycling: str = "auto",
 ) -> None:
     """Load DINOv3 weights into a backbone in place: Meta's, timm's, or DEIMv2's with its adapter.
 
     Without the adapter's weights the adapter stays as it is, and so do low-rank updates. Blocks
     above the model's are left out, and so is what follows from settings (rotation periods, the
-    mask of the keys' bias).
+    mask of the keys' bias). Experts start from the dense FFN of their block.
 
     Args:
         model: a :class:`DINOv3`, or a detector with that backbone.
         source: path of a ``.pth`` or ``.safetensors`` file, or a state dict.
         name: what errors call a state dict.
         adapter_optional: another adapter's weights are left out, with a warning.
+        upcycling: how experts start, as for :func:`load_initial`.
 
     Raises:
         FileNotFoundError: if there is no such file; says where to get it.
-        ValueError: on a key or shape that has no place, or on a parameter without a key.
+        ValueError: on a key or shape that has no place, or on a parameter without a key; if the
+            upcycling that is asked for does not fit the experts.
     """
+    check_upcycling(upcycling)
     backbone = getattr(model, "backbone", model)
     if not hasattr(backbone, "dinov3"):
         raise ValueError(f"DINOv3's weights do not fit a {type(backbone).__name__}")
@@ -65,6 +70,7 @@ def load_dinov3(
         for key, value in checkpoint_filter_fn(vit, backbone.dinov3).items()
         if not (key.startswith("blocks.") and int(key.split(".")[1]) >= depth)
     }
+    vit = start_experts(backbone.dinov3, vit, name, upcycling)
     wanted = [(backbone.dinov3, vit)] + ([(backbone.adapter, adapter)] if adapter else [])
     fitting = []
     for module, state in wanted:
@@ -79,6 +85,23 @@ def load_dinov3(
         check_finite(state, name)
     for module, state in fitting:
         module.load_state_dict(state, strict=False)
+
+
+def start_experts(
+    vit: nn.Module, state: dict[str, Tensor], name: str, upcycling: str
+) -> dict[str, Tensor]:
+    """A dense ViT's state dict, with experts where the model's ViT has them: from the FFNs in
+    their place, or as they are, with a warning; routers stay as they are."""
+    dense = dense_ffns(vit, state)
+    state = upcycle_ffns(vit, state, name, upcycling)
+    fresh = {
+        f"{place}.{key}": value
+        for place in dense
+        for key, value in vit.get_submodule(place).state_dict().items()
+    }
+    warn_of_keys(name, "of the ViT's parameters stay fresh", fresh.keys() - state.keys())
+    replaced = {key for keys in dense.values() for key in keys}
+    return fresh | {key: value for key, value in state.items() if key not in replaced}
 
 
 def misfit(module: nn.Module, state: dict[str, Tensor]) -> str:

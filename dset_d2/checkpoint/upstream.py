@@ -6,10 +6,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..modeling.layers import check_choice
-from ..modeling.sparse import MoE
-from ..modeling.sparse.upcycling import CONSTRUCTIONS, FFNWeights, upcycle
 from .dinov3 import DEIMV2_DETECTOR, is_dinov3, load_dinov3, weights_hint
+from .experts import check_upcycling, upcycle_ffns, warn_of_keys
 from .reading import check_finite, read_state_dict, unwrap
 
 logger = logging.getLogger(__name__)
@@ -38,9 +36,6 @@ RENAMES = (
     (re.compile(r"\.aggregation_squeeze_conv\."), ".aggregation.0."),
     (re.compile(r"\.aggregation_excitation_conv\."), ".aggregation.1."),
 )
-
-# The layers of a dense FFN.
-LINEARS = ("linear1", "linear2")
 
 # What depends on the number of classes and may start anew for another data set.
 CLASS_HEADS = re.compile(r"^decoder\.(enc_score_head|dec_score_head\.\d+|denoising_class_embed)\.")
@@ -110,77 +105,36 @@ def load_initial(model: nn.Module, path: str | Path, upcycling: str = "auto") ->
     steps starts anew, and all schedules with it.
 
     Args:
-        upcycling: how experts start from a dense FFN: "copies", "split" or "auto"
-            (:func:`~dset_d2.modeling.sparse.upcycling.upcycle`); "none" leaves them fresh.
+        upcycling: how experts start from a dense FFN: a construction of
+            :func:`~dset_d2.modeling.sparse.upcycling.upcycle` or "auto"; "none" leaves them
+            fresh.
 
     Raises:
         ValueError: if no parameter fits, or one is not finite; if the upcycling that is asked for
             does not fit the experts.
     """
-    check_choice("upcycling", upcycling, (*CONSTRUCTIONS, "none"))
+    check_upcycling(upcycling)
     state, name = read_state_dict(path, weights_hint(model)), str(path)
     if DEIMV2_DETECTOR in state:
         logger.warning("%s: of this DEIMv2 detector the backbone alone is taken", name)
         backbone = (key for key in state if key.startswith("backbone."))
         state = {key.removeprefix("backbone."): state[key] for key in backbone}
     if is_dinov3(state):
-        load_dinov3(model, state, name, adapter_optional=True)
+        load_dinov3(model, state, name, adapter_optional=True, upcycling=upcycling)
         return
     state = translate(model, state, name)
     state.pop("clock.steps", None)
-    if upcycling != "none":
-        state = upcycle_ffns(model, state, name, upcycling)
+    state = upcycle_ffns(model, state, name, upcycling)
     known = model.state_dict()
     fitting = {k: v for k, v in state.items() if k in known and v.shape == known[k].shape}
     parameters = {key for key, _ in model.named_parameters()}
     if not parameters & fitting.keys():
         raise ValueError(f"{name}: none of its parameters fits the model")
     check_finite(fitting, name)
-    for what, keys in (
-        ("of the model's parameters stay fresh", parameters - fitting.keys()),
-        ("of its keys have no place in the model", required(state) - fitting.keys()),
-    ):
-        if keys:
-            some = sorted(keys)[:10] + ["..."] * (len(keys) > 10)
-            logger.warning("%s: %d %s: %s", name, len(keys), what, ", ".join(some))
+    warn_of_keys(name, "of the model's parameters stay fresh", parameters - fitting.keys())
+    unplaced = required(state) - fitting.keys()
+    warn_of_keys(name, "of its keys have no place in the model", unplaced)
     model.load_state_dict(fitting, strict=False)
-
-
-def upcycle_ffns(
-    model: nn.Module, state: dict[str, Tensor], name: str, construction: str
-) -> dict[str, Tensor]:
-    """A state dict with experts in the place of dense FFNs where the model has experts.
-
-    Raises:
-        ValueError: if a construction other than "auto" does not fit the experts.
-    """
-    state = dict(state)
-    for place, moe in model.named_modules():
-        dense = [f"{place}.{layer}.{kind}" for layer in LINEARS for kind in ("weight", "bias")]
-        if not isinstance(moe, MoE) or not state.keys() >= set(dense):
-            continue
-        ffn = FFNWeights(*(state[key] for key in dense))
-        num_experts, expert_dim, dim = moe.experts.w1.shape
-        if ffn.w1.shape[1] != dim:
-            continue  # another network's, which is warned of like all that does not fit
-        try:
-            experts = upcycle(ffn, moe.config, expert_dim, construction)
-        except ValueError as error:
-            if construction != "auto":
-                raise ValueError(f"{name}: {place}: {error}") from error
-            logger.warning("%s: the experts of %s stay fresh: %s", name, place, error)
-            continue
-        hidden = len(ffn.w1)
-        used = min(num_experts * expert_dim, hidden)
-        logger.log(
-            logging.INFO if used == hidden else logging.WARNING,
-            "%s: the experts of %s start from %d of its %d hidden units",
-            *(name, place, used, hidden),
-        )
-        for key in dense:
-            del state[key]
-        state |= {f"{place}.experts.{key}": value for key, value in experts._asdict().items()}
-    return state
 
 
 def translate(

@@ -1,15 +1,11 @@
-import logging
 import re
 
 import pytest
 import torch
 from detectron2.config import instantiate
-from torch import nn
 
 import dset_d2
 from dset_d2.checkpoint import load_initial, load_upstream
-from dset_d2.modeling import FFN
-from dset_d2.modeling.sparse import MoE
 
 from ..conftest import tiny_config, tiny_model
 
@@ -160,115 +156,3 @@ def test_new_runs_start_from_upstreams_files(tmp_path, caplog):
     torch.save({"other.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="other.pth: none of its parameters fits the model"):
         load_initial(model, tmp_path / "other.pth")
-
-
-# Experts from dense FFNs.
-
-DSET = {
-    "rtdetr": ("configs/rtdetr/rtdetrv2_r18_dair_v2x", "projects/dset/configs/dset_r18_dair_v2x"),
-    "dfine": ("configs/dfine/dfine_s_dair_v2x", "projects/dset/configs/dset_s_dair_v2x"),
-}
-
-
-def dense_and_sparse(tmp_path, family: str, **moe) -> tuple[nn.Module, nn.Module]:
-    """A dense detector, saved as dense.pth, and the one of the same size with experts."""
-    dense_path, sparse_path = (f"{path}.py" for path in DSET[family])
-    dense = tiny_model(dense_path)
-    torch.save(dense.state_dict(), tmp_path / "dense.pth")
-    cfg = tiny_config(sparse_path)
-    for part in (cfg.model.encoder, cfg.model.decoder):
-        part.moe.update(moe)
-    return dense, instantiate(cfg.model).eval()
-
-
-def ffns(model: nn.Module, kind: type) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
-
-
-@torch.no_grad()
-def difference(dense: nn.Module, sparse: nn.Module) -> float:
-    """The largest between the outputs of dense FFNs and of the experts in their place."""
-    experts = ffns(sparse, MoE)
-    assert experts.keys() == ffns(dense, FFN).keys() and len(experts) == 4
-    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
-    return max(
-        float((moe(x) - dense.get_submodule(name)(x)).abs().max()) for name, moe in experts.items()
-    )
-
-
-@pytest.mark.parametrize("upcycling", ["auto", "copies"])
-@pytest.mark.parametrize("family", DSET)
-def test_experts_start_as_copies_of_the_dense_ffn(tmp_path, caplog, family, upcycling):
-    dense, sparse = dense_and_sparse(tmp_path, family, expert_dim=64)
-    assert difference(dense, sparse) > 0.1
-    routers = {name: moe.router.weight.clone() for name, moe in ffns(sparse, MoE).items()}
-    load_initial(sparse, tmp_path / "dense.pth", upcycling)
-    assert difference(dense, sparse) < 1e-6
-    for name, weight in routers.items():
-        assert torch.equal(sparse.get_submodule(name).router.weight, weight)
-    fresh = caplog.text.partition("stay fresh: ")[2].partition("\n")[0]
-    assert all(re.search("router|pruner", name) for name in fresh.split(", ")), fresh
-    assert "no place" not in caplog.text
-
-
-@pytest.mark.parametrize("family", DSET)
-def test_experts_share_the_dense_ffn(tmp_path, family):
-    dense, sparse = dense_and_sparse(tmp_path, family, num_experts=4, top_k=4)
-    load_initial(sparse, tmp_path / "dense.pth")
-    for moe in ffns(sparse, MoE).values():
-        assert moe.experts.w1.shape == (4, 16, 32)
-        nn.init.zeros_(moe.router.weight)
-    assert difference(dense, sparse) < 2e-6
-
-
-def test_units_that_find_no_room_are_warned_of(tmp_path, caplog):
-    """As in the study's decoder, whose experts are together a little narrower than the FFN."""
-    _, sparse = dense_and_sparse(tmp_path, "rtdetr", num_experts=10, top_k=10)  # of 8 units
-    load_initial(sparse, tmp_path / "dense.pth")
-    assert "hidden units" not in caplog.text
-    _, sparse = dense_and_sparse(tmp_path, "rtdetr", num_experts=7, top_k=7)  # of 8, too
-    load_initial(sparse, tmp_path / "dense.pth")
-    assert caplog.text.count("ffn start from 56 of its 64 hidden units") == 4
-
-
-def test_experts_that_no_construction_fits_stay_fresh(tmp_path, caplog):
-    _, sparse = dense_and_sparse(tmp_path, "rtdetr", num_experts=4, top_k=2, expert_dim=24)
-    before = {k: v.clone() for k, v in sparse.state_dict().items() if ".experts." in k}
-    load_initial(sparse, tmp_path / "dense.pth")
-    assert all(torch.equal(sparse.state_dict()[k], v) for k, v in before.items())
-    reason = r"expert_dim=64 \(copies\) or 16 \(split\), not 24"
-    assert len(re.findall(f"the experts of .*ffn stay fresh: .*{reason}", caplog.text)) == 4
-    for upcycling in ("copies", "split"):
-        with pytest.raises(ValueError, match="dense.pth: encoder.*need expert_dim"):
-            load_initial(sparse, tmp_path / "dense.pth", upcycling)
-    with pytest.raises(ValueError, match="upcycling='clone' is not one of"):
-        load_initial(sparse, tmp_path / "dense.pth", "clone")
-
-
-def test_upcycling_can_be_left_out(tmp_path, caplog):
-    _, sparse = dense_and_sparse(tmp_path, "rtdetr", expert_dim=64)
-    before = {k: v.clone() for k, v in sparse.state_dict().items() if ".experts." in k}
-    load_initial(sparse, tmp_path / "dense.pth", "none")
-    assert all(torch.equal(sparse.state_dict()[k], v) for k, v in before.items())
-    assert "16 of its keys have no place in the model: decoder.decoder.layers.0.ffn" in caplog.text
-
-
-def test_ffns_of_another_width_are_not_taken(tmp_path, caplog):
-    wider = tiny_config(DSET["rtdetr"][0] + ".py")
-    wider.model.encoder.hidden_dim = wider.model.decoder.hidden_dim = 48
-    _, sparse = dense_and_sparse(tmp_path, "rtdetr", expert_dim=64)
-    torch.save(instantiate(wider.model).state_dict(), tmp_path / "wider.pth")
-    caplog.set_level(logging.INFO)
-    load_initial(sparse, tmp_path / "wider.pth")
-    assert "of its keys have no place in the model" in caplog.text
-    assert "hidden units" not in caplog.text
-
-
-def test_dense_models_take_no_experts(tmp_path, caplog):
-    dense, sparse = dense_and_sparse(tmp_path, "rtdetr", expert_dim=64)
-    torch.save(sparse.state_dict(), tmp_path / "sparse.pth")
-    before = {k: v.clone() for k, v in dense.state_dict().items() if ".ffn." in k}
-    load_initial(dense, tmp_path / "sparse.pth")
-    assert all(torch.equal(dense.state_dict()[k], v) for k, v in before.items())
-    assert re.search("16 of the model's parameters stay fresh: .*ffn.linear1", caplog.text)
-    assert re.search("of its keys have no place in the model: .*ffn.experts", caplog.text)

@@ -9,6 +9,7 @@ from .pruning import (
     TokenPruner,
     ViTPruningConfig,
 )
+from .upcycling import initialize_from_pretrained_ffn
 
 __all__ = [
     "MemoryPruner",
@@ -20,5 +21,6 @@ __all__ = [
     "PruningRecord",
     "TokenPruner",
     "ViTPruningConfig",
+    "initialize_from_pretrained_ffn",
     "moe_layers",
 ]

@@ -32,12 +32,16 @@ class MoEConfig:
             the nearest multiple of 8 if that is no integer): all experts together have the
             parameters of one dense FFN, a token uses ``top_k / num_experts`` of its FLOPs.
             ``dim_feedforward`` costs ``top_k`` dense FFNs.
+        slots: groups of equally many experts, in their order, of which each gives
+            ``top_k / slots`` to a token and has ``1 / slots`` of its gates. ``num_experts`` and
+            ``top_k``, the knob as well, are multiples of it. 1 chooses among all experts.
         patch_size: tokens of one square of that many cells per side of the feature map share
             their route, by the mean of their logits; 1 routes every token by itself. Queries
             stand on no map and take 1 only.
         act: activation of the experts, "relu", "gelu" or "silu"; None is that of the FFN that
             they replace.
-        balance_weight: weight of the balance loss; where ``top_k`` is 1 it is at least 0.1.
+        balance_weight: weight of the balance loss; where a token uses one expert (of each slot)
+            it is at least 0.1.
         balance_reduction: of the balance losses of a stack's layers, "sum" or "mean".
         z_loss_weight: weight of the router z-loss.
         dispatch: "sorted" (one GEMM per expert), "grouped_mm" (one grouped GEMM), "dense" (all
@@ -50,6 +54,7 @@ class MoEConfig:
     num_experts: int
     top_k: int = 2
     expert_dim: int | None = None
+    slots: int = 1
     patch_size: int = 1
     act: str | None = None
     balance_weight: float = 0.03
@@ -68,6 +73,10 @@ class MoEConfig:
             raise ValueError(f"top_k={self.top_k} must lie in 1..num_experts={self.num_experts}")
         if self.expert_dim is not None and self.expert_dim < 1:
             raise ValueError(f"expert_dim={self.expert_dim} must be at least 1 or None")
+        if self.slots < 1:
+            raise ValueError(f"slots={self.slots} must be at least 1")
+        check_multiple("num_experts", self.num_experts, self.slots)
+        check_multiple("top_k", self.top_k, self.slots)
         if self.patch_size < 1:
             raise ValueError(f"patch_size={self.patch_size} must be at least 1")
         if self.act is not None:
@@ -89,6 +98,12 @@ class MoEConfig:
             return dim_feedforward // self.num_experts
         # Grouped GEMMs want rows of 16 bytes.
         return max(8, 8 * round(dim_feedforward / self.num_experts / 8))
+
+
+def check_multiple(name: str, value: int, slots: int) -> None:
+    """Raise a ``ValueError`` for a number of experts that slots cannot share equally."""
+    if value % slots:
+        raise ValueError(f"{name}={value} must be a multiple of slots={slots}")
 
 
 def moe_layers(config: MoEConfig | None, num_layers: int) -> list[MoEConfig | None]:
@@ -115,16 +130,56 @@ class Routing(NamedTuple):
     """Where T tokens go. Probabilities are of all experts, gates of the chosen."""
 
     logits: Tensor  # (T, E) fp32, before the temperature; means where tokens share their route
-    probabilities: Tensor  # (T, E) fp32
+    probabilities: Tensor  # (T, E) fp32, summing to 1 / slots in every slot
     gates: Tensor  # (T, k) fp32, summing to 1
     experts: Tensor  # (T, k)
 
 
-class Router(nn.Module):
-    """Linear router in fp32; softmax, top-k, gates renormalised to sum to 1."""
+def route(logits: Tensor, top_k: int, slots: int = 1, temperature: float = 1.0) -> Routing:
+    """Softmax, top-k and gates, in every slot by itself.
 
-    def __init__(self, dim: int, num_experts: int) -> None:
+    A softmax over all experts would have the same gates until all probabilities of a slot
+    underflow; and to lower the balance loss, a slot whose experts collapsed could give up its
+    probability to the other slots instead of spreading it.
+    """
+    scaled = (logits / temperature).unflatten(-1, (slots, -1))
+    probabilities = scaled.softmax(-1)  # (T, slots, E / slots)
+    experts = largest(probabilities, top_k // slots)
+    gates = probabilities.gather(-1, experts)
+    if top_k == slots:
+        gates = gates / gates.detach()  # 1, and still a gradient for the router
+    else:
+        gates = gates / gates.sum(-1, keepdim=True)
+    first = torch.arange(0, logits.shape[-1], scaled.shape[-1], device=logits.device)
+    return Routing(
+        logits,
+        (probabilities / slots).flatten(-2),
+        (gates / slots).flatten(-2),
+        (experts + first[:, None]).flatten(-2),
+    )
+
+
+def largest(probabilities: Tensor, k: int) -> Tensor:
+    """(..., n) -> (..., k): indices of the k largest, in falling order.
+
+    Of equal ones the first, on every device. ``torch.topk`` leaves it open which, and where two
+    copies of an FFN tie it may take parts of both
+    (:func:`~dset_d2.modeling.sparse.upcycling.upcycle`).
+    """
+    probabilities = probabilities.detach()
+    found = [probabilities.argmax(-1, keepdim=True)]
+    while len(found) < k:
+        probabilities = probabilities.scatter(-1, found[-1], -1.0)
+        found.append(probabilities.argmax(-1, keepdim=True))
+    return torch.cat(found, -1)
+
+
+class Router(nn.Module):
+    """Linear router in fp32; softmax, top-k, gates renormalised to sum to 1 (:func:`route`)."""
+
+    def __init__(self, dim: int, num_experts: int, slots: int = 1) -> None:
         super().__init__()
+        self.slots = slots
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         nn.init.normal_(self.weight, std=0.02)
 
@@ -136,13 +191,7 @@ class Router(nn.Module):
             logits = F.linear(x.float(), self.weight.float())
             if regions is not None:
                 logits = regions.mean(logits)
-            probabilities = (logits / temperature).softmax(-1)
-            gates, experts = probabilities.topk(top_k, dim=-1)
-            if top_k == 1:
-                gates = gates / gates.detach()  # 1, and still a gradient for the router
-            else:
-                gates = gates / gates.sum(-1, keepdim=True)
-        return Routing(logits, probabilities, gates, experts)
+            return route(logits, top_k, self.slots, temperature)
 
 
 class GroupedExperts(nn.Module):
@@ -245,13 +294,13 @@ class MoERecord(NamedTuple):
         """Weighted balance and z-losses."""
         config = self.config
         weight = config.balance_weight
-        if config.top_k == 1:
+        if config.top_k == config.slots:
             weight = max(weight, 0.1)
         if config.balance_reduction == "mean" and config.layers:
             weight = weight / len(config.layers)
         return {
             "balance": weight * balance_loss(self.routing, self.valid),
-            "z": config.z_loss_weight * z_loss(self.routing, self.valid),
+            "z": config.z_loss_weight * z_loss(self.routing, self.valid, config.slots),
         }
 
     def statistics(self) -> dict[str, Tensor]:
@@ -276,7 +325,7 @@ class MoE(Part):
     ) -> None:
         super().__init__()
         self.config = config
-        self.router = Router(dim, config.num_experts)
+        self.router = Router(dim, config.num_experts, config.slots)
         width = config.width(dim_feedforward)
         act = config.act or act
         self.experts = GroupedExperts(dim, width, config.num_experts, act, dropout)
@@ -285,7 +334,8 @@ class MoE(Part):
         """(..., dim) -> (..., dim).
 
         Raises:
-            ValueError: if tokens that stand on no feature map shall share routes.
+            ValueError: if tokens that stand on no feature map shall share routes; if the slots
+                cannot share the knob ``top_k`` equally.
         """
         config, context = self.config, current()
         flat = x.reshape(-1, x.shape[-1])
@@ -313,7 +363,9 @@ class MoE(Part):
 
     def top_k(self) -> int:
         """Experts per token in this call."""
-        return current().knobs.top_k or self.config.top_k
+        top_k = current().knobs.top_k or self.config.top_k
+        check_multiple("top_k", top_k, self.config.slots)
+        return top_k
 
     def knob_limits(self) -> dict[str, float]:
         return {"top_k": self.config.num_experts}
@@ -357,9 +409,10 @@ def balance_loss(routing: Routing, valid: Tensor | None = None) -> Tensor:
     return balance(share, masked_mean(routing.probabilities, valid))
 
 
-def z_loss(routing: Routing, valid: Tensor | None = None) -> Tensor:
-    """Mean squared log-partition of the router's logits, which keeps them small."""
-    return masked_mean(routing.logits.logsumexp(-1) ** 2, valid)
+def z_loss(routing: Routing, valid: Tensor | None = None, slots: int = 1) -> Tensor:
+    """Mean squared log-partition of the router's softmaxes, which keeps its logits small."""
+    partitions = routing.logits.unflatten(-1, (slots, -1)).logsumexp(-1)  # (T, slots)
+    return masked_mean((partitions**2).mean(-1), valid)
 
 
 @torch.no_grad()

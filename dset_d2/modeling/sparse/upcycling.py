@@ -2,19 +2,22 @@
 https://arxiv.org/abs/2212.05055).
 
 A construction says which hidden units of the FFN each expert takes: as copies each expert takes
-all of them, in a split (https://arxiv.org/abs/2110.01786) each unit goes to one expert.
+all of them, in a split (https://arxiv.org/abs/2110.01786) each unit goes to one expert. Between
+them, the FFN is divided into shards and each is copied: in "paper", that of Dynamic-DINO
+(https://arxiv.org/abs/2507.17436), shards of one copy share a row of the router, in "slots"
+copies of one shard compete with each other alone.
 """
 
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..layers import check_choice
-from .moe import MoEConfig
+from .moe import MoE, MoEConfig
 
-CONSTRUCTIONS = ("auto", "copies", "split")
+CONSTRUCTIONS = ("auto", "copies", "split", "paper", "slots")
 
 
 class FFNWeights(NamedTuple):
@@ -26,36 +29,120 @@ class FFNWeights(NamedTuple):
     b2: Tensor  # (dim,)
 
 
-def upcycle(
-    ffn: FFNWeights, config: MoEConfig, expert_dim: int, construction: str = "auto"
-) -> FFNWeights:
-    """Weights of :class:`GroupedExperts` that start from a dense FFN.
+def initialize_from_pretrained_ffn(
+    moe: MoE, linear1: nn.Linear, linear2: nn.Linear, construction: str = "auto"
+) -> None:
+    """Start a mixture of experts from the trained FFN of two linear layers, in place.
 
-    Args:
-        expert_dim: hidden units of one expert.
-        construction: "copies", where an expert is as wide as the FFN; "split", where it has the
-            ``num_experts``-th part of its units, rounded as :meth:`MoEConfig.width` does; "auto":
-            the one that fits.
+    The activation between them must be that of ``moe``. For the constructions see
+    :func:`upcycle`.
 
     Raises:
-        ValueError: if the construction does not fit the width.
+        ValueError: if the construction, or the FFN, does not fit the experts.
+    """
+    b1, b2 = (
+        linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+        for linear in (linear1, linear2)
+    )
+    with torch.no_grad():
+        ffn = FFNWeights(linear1.weight, b1, linear2.weight, b2)
+        moe.load_state_dict(upcycle(moe, ffn, construction), strict=False)
+
+
+def upcycle(moe: MoE, ffn: FFNWeights, construction: str = "auto") -> dict[str, Tensor]:
+    """Entries of the state dict of a mixture of experts that start it from a dense FFN.
+
+    ==========  ==================================  ============================================
+    name        experts                             equals the dense FFN
+    ==========  ==================================  ============================================
+    "copies"    ``num_experts`` of all units        whatever the router does
+    "slots"     of each of ``slots`` shards,        whatever the router does
+                ``num_experts / slots`` copies
+    "paper"     of each of ``top_k`` shards,        until a token takes shards of several copies
+                ``num_experts / top_k`` copies
+    "split"     of each unit, one                   if all experts are chosen with equal gates
+    ==========  ==================================  ============================================
+
+    Slot s holds the copies of shard s, of which a token always takes one or a mean. In "paper"
+    one copy's shards stand side by side and share a row of the router, so that they tie and a
+    token takes one whole copy; their first row is kept, repeated. This ends with the first
+    training step, and noise on the logits of single experts breaks it from the start.
+
+    The router has a gradient from the start where a token takes different shards, or one expert
+    (per slot). Gates of equal copies of the same units cancel until the copies differ: then
+    balance and z-loss alone train it at first.
+
+    Args:
+        ffn: of the same activation.
+        construction: "auto" takes the first that fits the experts' width: "slots" if the config
+            has any, "copies", "split", which has the ``num_experts``-th part of the units,
+            rounded as :meth:`MoEConfig.width` does.
+
+    Raises:
+        ValueError: if the construction does not fit the experts, or the FFN has other channels.
     """
     check_choice("upcycling", construction, CONSTRUCTIONS)
+    config = moe.config
+    num_experts, expert_dim, dim = moe.experts.w1.shape
     hidden = len(ffn.w1)
-    widths = {"copies": hidden, "split": replace(config, expert_dim=None).width(hidden)}
-    if construction != "auto":
-        widths = {construction: widths[construction]}
-    if expert_dim not in widths.values():
+    if ffn.w1.shape != (hidden, dim) or ffn.w2.shape != (dim, hidden):
+        shapes = f"{tuple(ffn.w1.shape)} and {tuple(ffn.w2.shape)}"
+        raise ValueError(f"an FFN of weights {shapes} does not fit experts of {dim} channels")
+    names = [construction]
+    if construction == "auto":
+        slots = config.slots > 1 and hidden % config.slots == 0
+        names = [*(["slots"] if slots else []), "copies", "split"]
+    widths = {name: expert_width(name, config, hidden) for name in names}
+    fitting = [name for name, width in widths.items() if width == expert_dim]
+    if not fitting:
         wanted = " or ".join(f"{width} ({name})" for name, width in widths.items())
         raise ValueError(
-            f"{config.num_experts} experts from {hidden} hidden units need expert_dim={wanted}, "
+            f"{num_experts} experts from {hidden} hidden units need expert_dim={wanted}, "
             f"not {expert_dim}"
         )
-    if widths.get("copies") == expert_dim:
-        units = torch.arange(hidden).expand(config.num_experts, hidden)
+    chosen = fitting[0]
+    if chosen == "split":
+        units = split_units(ffn, num_experts, expert_dim)
     else:
-        units = split_units(ffn, config.num_experts, expert_dim)
-    return take_units(ffn, units, config.top_k)
+        shards = torch.arange(hidden).view(-1, expert_dim)
+        copies = num_experts // len(shards)
+        if chosen == "paper":
+            units = shards.repeat(copies, 1)
+        else:
+            units = shards.repeat_interleave(copies, dim=0)
+    experts = take_units(ffn, units, config.top_k)
+    state = {f"experts.{name}": value for name, value in experts._asdict().items()}
+    if chosen == "paper":
+        rows = moe.router.weight.detach()[:: config.top_k]
+        state["router.weight"] = rows.repeat_interleave(config.top_k, dim=0)
+    return state
+
+
+def expert_width(construction: str, config: MoEConfig, hidden: int) -> int:
+    """Hidden units of one expert that starts from an FFN of ``hidden``.
+
+    Raises:
+        ValueError: if there is no such construction for these settings.
+    """
+    if construction == "copies":
+        return hidden
+    if construction == "split":
+        return replace(config, expert_dim=None).width(hidden)
+    if construction == "slots" and config.slots == 1:
+        raise ValueError("upcycling='slots' needs slots above 1, not slots=1")
+    if construction == "paper":
+        if config.slots > 1:
+            raise ValueError(f"upcycling='paper' needs slots=1, not slots={config.slots}")
+        if config.num_experts % config.top_k:
+            raise ValueError(
+                f"upcycling='paper' needs num_experts={config.num_experts} to be a multiple of "
+                f"top_k={config.top_k}"
+            )
+    setting = {"paper": "top_k", "slots": "slots"}[construction]
+    shards = getattr(config, setting)
+    if hidden % shards:
+        raise ValueError(f"{hidden} hidden units cannot be divided by {setting}={shards}")
+    return hidden // shards
 
 
 def split_units(ffn: FFNWeights, num_experts: int, expert_dim: int) -> Tensor:
@@ -77,8 +164,8 @@ def take_units(ffn: FFNWeights, units: Tensor, top_k: int) -> FFNWeights:
     """Experts that take the given hidden units of a dense FFN.
 
     Gates sum to 1, so every expert has the whole output bias, which then enters once. Outputs are
-    scaled so that units count as in the dense FFN: copies equal it at any gates, a split equals it
-    if all experts are chosen with equal gates. If ``top_k`` of a split's experts are, their units
+    scaled so that units count as in the dense FFN: it is equalled if to each unit come gates of
+    the same sum. If ``top_k`` of a split's experts are, their units
     count once each and the others are missing. (Scaled up in their place, they would be further
     from the dense output than no output is: on random weights by 1.02 of its norm at half of the
     experts, against 0.72.)

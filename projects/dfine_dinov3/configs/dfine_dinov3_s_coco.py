@@ -40,11 +40,13 @@ model.multi_scale = OTHER_SCALES + [640] * 20
 dataloader.train.total_batch_size = 32
 optimizer.lr = 5e-4
 optimizer.weight_decay = 1.25e-4
-# Low-rank updates start from nothing and learn like the rest; the final norm as the last block.
+# Low-rank updates and routers start from nothing and learn like the rest; the final norm as the
+# last block.
+_new = r".*\.(lora_|router\.)"
 optimizer.params.rules.update(
-    vit=dict(pattern=r"^backbone\.dinov3\.(?!.*\.lora_)", factor=0.1),
+    vit=dict(pattern=rf"^backbone\.dinov3\.(?!{_new})", factor=0.1),
     vit_depth=dict(
-        pattern=r"^backbone\.dinov3\.(?!norm\.|.*\.lora_)(blocks\.(?P<block>\d+)\.)?", decay=1.0
+        pattern=rf"^backbone\.dinov3\.(?!norm\.|{_new})(blocks\.(?P<block>\d+)\.)?", decay=1.0
     ),
 )
 train.ema.warmup = 1000

@@ -20,8 +20,11 @@ from dset_d2.modeling.sparse.moe import (
     MoERecord,
     Routing,
     balance_loss,
+    largest,
     moe_layers,
+    route,
     routing_statistics,
+    z_loss,
 )
 from dset_d2.modeling.tokens import Padding, TokenMap
 
@@ -68,9 +71,12 @@ def by_definition(moe: MoE, x: torch.Tensor, regions: list[int] | None = None) -
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("dispatch", ["sorted", "grouped_mm", "dense"])
-@pytest.mark.parametrize(("experts", "top_k"), [(4, 2), (6, 3), (5, 1), (3, 3)])
-def test_dispatches_equal_the_definition(dispatch, act, experts, top_k):
-    moe = make(experts, top_k, act, dispatch=dispatch, expert_dim=8)
+@pytest.mark.parametrize(
+    ("experts", "top_k", "slots"),
+    [(4, 2, 1), (6, 3, 1), (5, 1, 1), (3, 3, 1), (4, 2, 2), (8, 4, 2), (6, 3, 3)],
+)
+def test_dispatches_equal_the_definition(dispatch, act, experts, top_k, slots):
+    moe = make(experts, top_k, act, dispatch=dispatch, expert_dim=8, slots=slots)
     x = torch.randn(23, 16)
     outputs, gradients = [], []
     for run in (moe, lambda t: by_definition(moe, t)):
@@ -263,6 +269,89 @@ def test_tokens_do_not_see_each_other(dispatch):
     torch.testing.assert_close(moe(x)[1:2, :4], moe(x[1:2, :4]))
 
 
+# Slots, and what is chosen.
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_one_slot_is_softmax_and_top_k(top_k):
+    """Bit for bit, and so are the gradients."""
+    logits = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+    weights = torch.randn(500, top_k)
+    found = []
+    for plain in (True, False):
+        inputs = logits.clone().requires_grad_()
+        if plain:
+            probabilities = (inputs / 1.5).softmax(-1)
+            gates, experts = probabilities.topk(top_k, dim=-1)
+            gates = gates / (gates.detach() if top_k == 1 else gates.sum(-1, keepdim=True))
+        else:
+            _, probabilities, gates, experts = route(inputs, top_k, temperature=1.5)
+        ((gates * weights).sum() + probabilities.square().sum()).backward()
+        found.append((probabilities.detach(), gates.detach(), experts, inputs.grad))
+    for theirs, ours in zip(*found):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("num_experts", "top_k", "slots"), [(4, 2, 2), (6, 3, 3), (12, 6, 2)])
+def test_every_slot_chooses_by_itself(num_experts, top_k, slots):
+    """As a router of its own would, or the probabilities of all experts, renormalised."""
+    logits = torch.randn(50, num_experts) * 3
+    routing = route(logits, top_k, slots)
+    size, each = num_experts // slots, top_k // slots
+    everyone = logits.softmax(-1)
+    for slot in range(slots):
+        part = slice(slot * size, (slot + 1) * size)
+        alone = route(logits[:, part], each)
+        mine = slice(slot * each, (slot + 1) * each)
+        assert torch.equal(routing.experts[:, mine], alone.experts + slot * size)
+        torch.testing.assert_close(routing.gates[:, mine], alone.gates / slots)
+        torch.testing.assert_close(routing.probabilities[:, part], alone.probabilities / slots)
+        gates = everyone.gather(1, routing.experts[:, mine])
+        torch.testing.assert_close(routing.gates[:, mine], gates / gates.sum(1)[:, None] / slots)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 99), st.floats(0, 1e5))
+def test_gates_of_any_logits(slots, each, seed, scale):
+    """Also where all probabilities of a slot would underflow beside another slot's."""
+    logits = torch.randn(20, 3 * slots, generator=torch.Generator().manual_seed(seed)) * scale
+    routing = route(logits, slots * each, slots)
+    sums = routing.gates.unflatten(1, (slots, -1)).sum(-1)
+    torch.testing.assert_close(sums, torch.full_like(sums, 1 / slots))
+    torch.testing.assert_close(routing.probabilities.sum(-1), torch.ones(20))
+    assert all(len(set(row)) == slots * each for row in routing.experts.tolist())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=4, max_size=16), st.integers(1, 4))
+def test_of_equal_probabilities_the_first_are_chosen(values, k):
+    probabilities = torch.tensor(values) / 4
+    order = sorted(range(len(values)), key=lambda i: (-values[i], i))
+    assert largest(probabilities[None], k).tolist() == [order[:k]]
+
+
+def test_slots_are_balanced_each_for_itself():
+    """The loss is the mean of the slots': one that collapsed is not helped by the others."""
+    logits = torch.randn(40, 12)
+    logits[:, 0] += 9
+    whole = route(logits, 6, 3)
+    parts = [route(part, 2) for part in logits.split(4, dim=1)]
+    values = [torch.stack([f(part) for part in parts]) for f in (balance_loss, z_loss)]
+    torch.testing.assert_close(balance_loss(whole), values[0].mean())
+    torch.testing.assert_close(z_loss(whole, slots=3), values[1].mean())
+    shifted = torch.cat([logits[:, :4] - 50, logits[:, 4:]], dim=1)
+    torch.testing.assert_close(balance_loss(route(shifted, 6, 3)), balance_loss(whole))
+    valid = torch.arange(40) < 10
+    torch.testing.assert_close(z_loss(whole, valid, 3), z_loss(route(logits[:10], 6, 3), slots=3))
+
+
+def test_slots_are_exported():
+    moe = make(6, 3, slots=3).eval()
+    exported = torch.export.export(moe, (torch.randn(9, 16),)).module()
+    x = torch.randn(9, 16)
+    torch.testing.assert_close(exported(x), moe(x))
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_balanced_routing_gives_exactly_one(top_k):
     experts, tokens = 6, 12
@@ -296,8 +385,8 @@ def test_balance_loss_balances():
 
 
 def test_task_trains_the_router_also_at_top_1():
-    for top_k in (1, 2):
-        moe = make(4, top_k)
+    for top_k, slots in ((1, 1), (2, 1), (2, 2), (4, 2)):
+        moe = make(8, top_k, slots=slots)
         moe(torch.randn(9, 16)).square().sum().backward()
         assert moe.router.weight.grad.abs().sum() > 0
 
@@ -311,6 +400,16 @@ def test_losses_and_their_weights():
     torch.testing.assert_close(losses["z"], expected)
     single = recorded(make(4, 1, balance_weight=0.05), torch.randn(30, 16))
     torch.testing.assert_close(single.losses([])["balance"], 0.1 * balance_loss(single.routing))
+
+
+@pytest.mark.parametrize(("top_k", "weight"), [(2, 0.1), (4, 0.05)])
+def test_losses_of_slots(top_k, weight):
+    """One expert of each slot is as one expert of all."""
+    moe = make(8, top_k, slots=2, balance_weight=0.05, z_loss_weight=0.01)
+    record = recorded(moe, torch.randn(30, 16))
+    losses = record.losses([])
+    torch.testing.assert_close(losses["balance"], weight * balance_loss(record.routing))
+    torch.testing.assert_close(losses["z"], 0.01 * z_loss(record.routing, slots=2))
 
 
 def test_balance_losses_of_a_stack_are_summed_or_averaged():
@@ -392,6 +491,17 @@ def test_top_k_follows_its_knob():
         assert recorded(moe, x).routing.experts.shape == (9, 2)
 
 
+def test_a_knob_that_slots_cannot_share_is_named():
+    moe = make(8, 4, slots=2)
+    x = torch.randn(9, 16)
+    for top_k in (1, 3):
+        with forward_context(knobs=Knobs(top_k=top_k)):
+            with pytest.raises(ValueError, match=f"top_k={top_k} must be a multiple of slots=2"):
+                moe(x)
+    with forward_context(knobs=Knobs(top_k=2)):
+        torch.testing.assert_close(moe(x), make(8, 2, slots=2)(x))
+
+
 def test_router_stays_in_fp32_under_autocast():
     moe = make()
     x = torch.randn(40, 16)
@@ -430,6 +540,9 @@ def test_active_parameters():
         ({"num_experts": 0}, "num_experts=0"),
         ({"top_k": 5}, r"top_k=5 must lie in 1..num_experts=4"),
         ({"expert_dim": 0}, "expert_dim=0"),
+        ({"slots": 0}, "slots=0 must be at least 1"),
+        ({"slots": 2, "num_experts": 5}, "num_experts=5 must be a multiple of slots=2"),
+        ({"slots": 2, "top_k": 3}, "top_k=3 must be a multiple of slots=2"),
         ({"balance_weight": -1}, "balance_weight=-1"),
         ({"temperature": 0}, "temperature=0"),
         ({"patch_size": 0}, "patch_size=0 must be at least 1"),
