@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -141,6 +142,15 @@ def draw(loaded: dict[str, dict], epoch_iters: int | None = None) -> Figure:
     return figure
 
 
+def style(index: int) -> dict[str, Any]:
+    """How the curve of that number looks, unlike those near it."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": DASHES[index % len(DASHES)],
+        "marker": MARKS[index % len(MARKS)],
+    }
+
+
 def draw_curves(axes: Axes, curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
     """Curves that differ in colour, dashes and marks, with their names at their ends.
 
@@ -150,13 +160,11 @@ def draw_curves(axes: Axes, curves: dict[str, tuple[np.ndarray, np.ndarray]]) ->
     ends = {}
     for index, (name, (iterations, values)) in enumerate(curves.items()):
         label = name if len(values) == 1 else f"{name} (mean of {len(values)})"
-        mean, colour = values.mean(0), COLOURS[index % len(COLOURS)]
+        mean, colour = values.mean(0), style(index)["color"]
         axes.plot(
             iterations,
             mean,
-            color=colour,
-            linestyle=DASHES[index % len(DASHES)],
-            marker=MARKS[index % len(MARKS)],
+            **style(index),
             markevery=max(1, len(iterations) // MARKED),
             markersize=3,
             linewidth=1.5,
