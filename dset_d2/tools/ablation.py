@@ -64,29 +64,9 @@ WEIGHTS, EVALUATIONS = "model_final.pth", "evaluations.json"
 NUMBERED = re.compile(r"(.+?)\s+(\d+(?:\.\d+)?)")  # the name of one of several on a curve
 
 
-class Variant(NamedTuple):
-    """One of the models that are compared."""
-
-    name: str
-    config_file: str | None  # None: that of --config-file
-    overrides: list[str]
-
-
-def parse_variant(text: str) -> Variant:
-    """``name: [config.py] key=value ...``"""
-    name, colon, rest = text.partition(":")
-    if not colon or not name.strip():
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 'name: overrides'")
-    if set(name) & set("/\\=@"):
-        raise argparse.ArgumentTypeError(f"{name!r} names a folder and rows: no / \\ = or @ in it")
-    words = rest.split()
-    config_file = words.pop(0) if words and words[0].endswith(".py") else None
-    return Variant(name.strip(), config_file, words)
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = ConfigToolParser(__doc__)
-    parser.add_argument("--variant", type=parse_variant, action="append", required=True)
+    parser.add_variants(required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
@@ -97,9 +77,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--latency-rounds", type=int, default=30)
     parser.add_device()
     args = parser.parse_args(argv)
-    for option, values in (("--variant", [v.name for v in args.variant]), ("--seeds", args.seeds)):
-        if repeated := sorted({str(x) for x in values if values.count(x) > 1}):
-            parser.error(f"{option}: given more than once: {', '.join(repeated)}")
+    if repeated := sorted({str(seed) for seed in args.seeds if args.seeds.count(seed) > 1}):
+        parser.error(f"--seeds: given more than once: {', '.join(repeated)}")
     if args.latency_rounds < 1:
         parser.error(f"--latency-rounds {args.latency_rounds} must be positive")
     cores = len(usable_cores())
@@ -135,7 +114,7 @@ def settings_of(model: nn.Module, args: argparse.Namespace) -> list[Setting]:
     if not args.keep_ratios or "keep_ratio" not in model.knob_limits:
         return [own]
     scorers: list[str | None] = [None]
-    configured = {vars(pruner.config)["scorer"] for pruner in scoring_pruners(model)}
+    configured = {pruner.config.scorer for pruner in scoring_pruners(model)}
     if args.scorers and configured:
         # What was trained with another scorer has no learned one.
         learned = configured == {"learned"}
@@ -147,8 +126,7 @@ def settings_of(model: nn.Module, args: argparse.Namespace) -> list[Setting]:
 
 def scoring_pruners(model: nn.Module) -> list[TokenPruner]:
     """The backbone's pruners, whose scorer can be chosen; an encoder's is the learned one."""
-    pruners = [part for part in model.backbone.modules() if isinstance(part, TokenPruner)]
-    return [pruner for pruner in pruners if "scorer" in vars(pruner.config)]
+    return [part for part in model.backbone.modules() if isinstance(part, TokenPruner)]
 
 
 class Candidate(NamedTuple):

@@ -4,11 +4,17 @@
         --config-file configs/rtdetr/rtdetrv2_r18_coco.py configs/rtdetr/rtdetrv2_r34_coco.py \\
         --batch-size 1 4 --image-size 640 640 480 800 --rounds 50
 
+or of variants of one of them, in the form of dset_d2.tools.ablation:
+
+    python -m dset_d2.tools.benchmark --config-file projects/dset/configs/dset_dinov3_s_coco.py \\
+        --variant "dense: model.backbone.pruning=[]" --variant "half of the tokens:"
+
 Every configuration of batch and size times all configs round by round (A B C A B C ...), and sets
 each against the first one of its round. Without --image-size each config runs at its own
 dataloader.image_size, as it would be deployed. A time spans the model's whole call, from images
-that lie on the device to detections. Weights are random and images noise, which suits dense models;
-routing and pruning may differ on real images (see dset_d2.tools.analyze).
+that lie on the device to detections; GMACs are of one image. Weights are random and images noise,
+which suits dense models and pruning to a share of the tokens; routing may differ on real images
+(see dset_d2.tools.analyze).
 """
 
 import itertools
@@ -22,7 +28,7 @@ from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
-from ..analysis import measure
+from ..analysis import count_flops, measure
 from .common import (
     ConfigToolParser,
     build_model,
@@ -32,12 +38,15 @@ from .common import (
     image_size,
     noise_image,
     read_configs,
+    read_variants,
     write_json,
 )
 
 WARMUP = 5
 Size = tuple[int, int]  # height, width
-COLUMNS = ("config", "batch", "height x width", "ms", "quartiles", "images/s", "time / first's")
+COLUMNS = (
+    "config", "batch", "height x width", "GMACs", "ms", "quartiles", "images/s", "time / first's"
+)  # fmt: skip
 
 
 def sweep(
@@ -51,6 +60,7 @@ def sweep(
     rows = []
     low_precision = args.dtype == "bfloat16"
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=low_precision)
+    macs: dict[tuple[str, Size], int] = {}
     grid = list(itertools.product(sizes, args.batch_size))
     for own, batch_size in tqdm(grid, desc="batches and sizes"):
         inputs = {
@@ -63,11 +73,15 @@ def sweep(
         with torch.no_grad(), autocast:
             latencies = measure(calls, args.rounds, WARMUP)
         for name, latency in latencies.items():
+            size = own[name]
+            if (name, size) not in macs:
+                macs[name, size] = count_flops(models[name], inputs[size][:1]).total
             rows.append(
                 {
                     "config": name,
                     "batch_size": batch_size,
-                    "image_size": list(own[name]),
+                    "image_size": list(size),
+                    "macs": macs[name, size],
                     "images_per_second": batch_size / latency.median,
                     **asdict(latency),
                 }
@@ -85,6 +99,7 @@ def table(rows: list[dict]) -> str:
                 row["config"],
                 row["batch_size"],
                 "{} x {}".format(*row["image_size"]),
+                f"{row['macs'] / 1e9:.2f}",
                 f"{1e3 * row['median']:.2f}",
                 f"{low:.2f} - {high:.2f}",
                 f"{row['images_per_second']:.1f}",
@@ -109,6 +124,7 @@ def about(sizes: list[dict[str, Size]], given: bool) -> str:
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     parser = ConfigToolParser(__doc__, several=True)
+    parser.add_variants(required=False)
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1])
     parser.add_argument(
         "--image-size", type=int, nargs="+", default=[], metavar="H W",
@@ -126,10 +142,15 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--image-size takes pairs of height and width")
     if min(*args.batch_size, *args.image_size, args.rounds) < 1:
         parser.error("--batch-size, --image-size and --rounds must be positive")
+    if args.variant and len(args.config_file) > 1:
+        parser.error("--variant takes one --config-file")
 
     if args.output:
         check_output(args.output, args.config_file)
-    configs = read_configs(args.config_file, args.opts, args.device)
+    if args.variant:
+        configs = read_variants(args.variant, args.config_file[0], args.opts, args.device)
+    else:
+        configs = read_configs(args.config_file, args.opts, args.device)
     device = next(iter(configs.values())).train.device
     models = {name: build_model(cfg).eval() for name, cfg in configs.items()}
     if args.channels_last:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -87,6 +87,26 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; the nearest is {close[0]!r}" if close else ""
 
 
+class Variant(NamedTuple):
+    """One of the models that are compared."""
+
+    name: str
+    config_file: str | None  # None: that of --config-file
+    overrides: list[str]
+
+
+def parse_variant(text: str) -> Variant:
+    """``name: [config.py] key=value ...``"""
+    name, colon, rest = text.partition(":")
+    if not colon or not name.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 'name: overrides'")
+    if set(name) & set("/\\=@"):
+        raise argparse.ArgumentTypeError(f"{name!r} names a folder and rows: no / \\ = or @ in it")
+    words = rest.split()
+    config_file = words.pop(0) if words and words[0].endswith(".py") else None
+    return Variant(name.strip(), config_file, words)
+
+
 class ToolParser(argparse.ArgumentParser):
     """A parser that shows a tool's docstring as it is written."""
 
@@ -114,6 +134,13 @@ class ConfigToolParser(ToolParser):
         )
         self.add_argument("opts", nargs="*", metavar="key=value", help="overrides of the config")
 
+    def add_variants(self, required: bool) -> None:
+        """``--variant``, to be given once for each."""
+        self.add_argument(
+            "--variant", type=parse_variant, action="append", default=[], required=required,
+            metavar="'NAME: key=value ...'",
+        )  # fmt: skip
+
     def add_device(self) -> None:
         self.add_argument("--device", help="default: the config's train.device")
 
@@ -122,7 +149,11 @@ class ConfigToolParser(ToolParser):
         if "--" not in words:
             overrides = list(takewhile(OVERRIDE.match, reversed(words)))
             words.insert(len(words) - len(overrides), "--")
-        return super().parse_args(words, namespace)
+        args = super().parse_args(words, namespace)
+        names = [variant.name for variant in getattr(args, "variant", [])]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            self.error(f"--variant: given more than once: {', '.join(repeated)}")
+        return args
 
 
 def read_config(path: str, overrides: list[str], device: str | None = None) -> DictConfig:
@@ -152,6 +183,16 @@ def read_configs(
         label = name if seen[name] == 1 else f"{name} ({seen[name]})"
         configs[label] = read_config(path, overrides, device)
     return configs
+
+
+def read_variants(
+    variants: list[Variant], path: str, overrides: list[str], device: str | None = None
+) -> dict[str, DictConfig]:
+    """Configs by the names of variants, which are of the config ``path`` if they name none."""
+    return {
+        name: read_config(config_file or path, [*own, *overrides], device)
+        for name, config_file, own in variants
+    }
 
 
 def build(cfg: DictConfig, key: str) -> Any:
@@ -280,7 +321,8 @@ def describe_device(device: str) -> str:
     """The hardware that a time was measured on."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    features = torch.backends.cpu.get_cpu_capability()
+    return f"CPU ({features}), {torch.get_num_threads()} threads"
 
 
 def write_json(path: Path, content: dict | list, indent: int | None = 1) -> None:

@@ -21,6 +21,7 @@ from dset_d2.engine.optimizer import (
     warmup_constant,
 )
 from dset_d2.modeling import FreezeConfig, LoRAConfig, forward_context
+from dset_d2.modeling.sparse import MoEConfig, ViTPruningConfig
 
 from ..conftest import in_two_processes, make_inputs, tiny_dinov3
 
@@ -33,6 +34,21 @@ PHASES = {"freeze": {"unfreeze_step": UNFREEZE, "unfreeze_blocks": 4}}
 # The last three blocks one by one, from steps 1, 3 and 5 on; the final norm with the last one.
 LAYERED = {"freeze": {"unfreeze_step": 1, "unfreeze_blocks": 3, "unfreeze_every": 2}}
 LAYERED_STEPS = 6
+
+# Two places at which the ratio falls, or is drawn; experts in a block that is trained later.
+SPARSE = {
+    "pruning": [
+        ViTPruningConfig(block=1, keep_ratio=0.5, min_tokens=2, end_step=3),
+        ViTPruningConfig(block=4, keep_ratio=0.25, min_tokens=2, random_ratio=True),
+    ],
+    "moe": MoEConfig(num_experts=2, layers=(3,)),
+}
+SCORERS = {
+    f"backbone.pruners.{block}.scorer.layers.{layer}.{kind}"
+    for block in (1, 4)
+    for layer in (0, 1)
+    for kind in ("weight", "bias")
+}
 
 
 class Batches:
@@ -226,6 +242,18 @@ def test_frozen_for_good_and_not_frozen_at_all():
     assert moved(before, snapshot(free)) == parameters
 
 
+def test_scorers_are_trained_in_both_phases():
+    model = tiny_dinov3(**PHASES, **SPARSE)
+    snapshots, trainer = [snapshot(model)], make_trainer(model)
+    trainer.register_hooks([Watch(lambda: snapshots.append(snapshot(model)))])
+    trainer.train(0, STEPS)
+    for step, (before, after) in enumerate(zip(snapshots, snapshots[1:])):
+        assert moved(before, after, "backbone.pruners.") == SCORERS
+        later = trained_later(model) if step >= UNFREEZE else set()
+        assert moved(before, after) == later
+    assert any("blocks.3.mlp.router" in name for name in trained_later(model))
+
+
 def test_lora_is_trained_while_the_rest_is_dormant():
     model = tiny_dinov3(lora=LoRAConfig(rank=2, blocks=5), **PHASES)
     before = snapshot(model)
@@ -280,10 +308,10 @@ def test_modes_follow_the_blocks():
     assert vit.norm.training
 
 
-@pytest.mark.parametrize("stop", [2, 3, 4])
-def test_resumed_between_two_blocks(stop):
+@pytest.mark.parametrize("stop, settings", [(2, SPARSE), (3, {}), (4, SPARSE)])
+def test_resumed_between_two_blocks(stop, settings):
     checkpoints, snapshots = [], []
-    model = tiny_dinov3(**LAYERED)
+    model = tiny_dinov3(**LAYERED, **settings)
     trainer = make_trainer(model)
 
     def watch() -> None:
@@ -293,7 +321,7 @@ def test_resumed_between_two_blocks(stop):
 
     trainer.register_hooks([Watch(watch)])
     trainer.train(0, LAYERED_STEPS)
-    model = tiny_dinov3(**LAYERED)
+    model = tiny_dinov3(**LAYERED, **settings)
     trainer = make_trainer(model, first=stop)
     model.load_state_dict(checkpoints[stop - 1]["model"])
     trainer.load_state_dict(checkpoints[stop - 1]["trainer"])
@@ -337,6 +365,7 @@ DISTRIBUTED = {
     "plain": {},
     "lora": {"lora": LoRAConfig(rank=2, blocks=5)},
     "checkpointing": {"gradient_checkpointing": True},
+    "sparse": SPARSE,
     "layered": LAYERED,
     "layered_lora": LAYERED
     | {"lora": LoRAConfig(rank=2, blocks=5), "gradient_checkpointing": True},
@@ -358,6 +387,8 @@ def test_two_processes(distributed, name):
     for a, b in zip(*ranks):  # different images, one model (but for BatchNorm's statistics)
         assert not moved(a, b, "") & parameters
     updates = {k for k in first[0] if ".lora_" in k}
+    if name == "sparse":
+        assert all(moved(a, b, "backbone.pruners.") == SCORERS for a, b in zip(first, first[1:]))
     if name.startswith("layered"):
         for step, (before, after) in enumerate(zip(first, first[1:])):
             prefixes = parts_trained(step)

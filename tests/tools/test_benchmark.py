@@ -36,6 +36,21 @@ def test_sweep_over_batches_and_sizes(tmp_path, capsys):
     assert "random weights, noise images" in capsys.readouterr().out
 
 
+def test_variants(tmp_path, capsys):
+    variants = ["--variant", "as it is:", "--variant", "short: model.decoder.num_layers=1"]
+    rows = run(tmp_path, R18, *variants, "--image-size", "64", "64")["results"]
+    assert [row["config"] for row in rows] == ["as it is", "short"]
+    assert rows[0]["ratio"] == 1 and rows[0]["macs"] > rows[1]["macs"] > 0
+    assert f"{rows[1]['macs'] / 1e9:.2f}" in capsys.readouterr().out
+    for wrong, message in (
+        ([R18, R18, *variants], "--variant takes one --config-file"),
+        ([R18, *variants[:2], *variants[:2]], "--variant: given more than once: as it is"),
+    ):
+        with pytest.raises(SystemExit):
+            run(tmp_path, *wrong)
+        assert message in capsys.readouterr().err
+
+
 def test_layout_and_precision(tmp_path):
     report = run(
         tmp_path, R18, "--image-size", "64", "64", "--channels-last", "--dtype", "bfloat16"
