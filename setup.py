@@ -15,7 +15,8 @@ def version() -> str:
 
 def config_packages() -> dict[str, str]:
     """Config folders as data packages inside of dset_d2, so that installed copies find them."""
-    folders = [p.parent for top in ("configs", "projects") for p in ROOT.glob(f"{top}/**/*.py")]
+    tops = ("configs", "projects/*/configs")
+    folders = [path.parent for top in tops for path in ROOT.glob(f"{top}/**/*.py")]
     names = sorted({folder.relative_to(ROOT).as_posix() for folder in folders})
     return {f"dset_d2.{name.replace('/', '.')}": name for name in names}
 

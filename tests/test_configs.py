@@ -20,7 +20,7 @@ from .conftest import make_inputs
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(
     path.relative_to(ROOT).as_posix()
-    for top in ("configs", "projects")
+    for top in ("configs", "projects/*/configs")
     for path in ROOT.glob(f"{top}/**/*_*.py")
     if "common" not in path.parts
 )

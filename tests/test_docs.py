@@ -23,7 +23,10 @@ from .test_configs import ROOT
 
 COMMAND = re.compile(r"(\w+=\S+ )?(python|torchrun \S+) -m dset_d2\.tools\.(\w+)")
 # Other lines of a shell: what they do is not the package's, or is tested elsewhere.
-SHELL = re.compile(r"pip install|make |cd |export |OMP_NUM_THREADS=1 .venv/bin/python -m pytest")
+SHELL = re.compile(
+    r"pip install|make |cd |export |OMP_NUM_THREADS=1 .venv/bin/python -m pytest"
+    r"|(OMP_NUM_THREADS=1 )?python projects/dset/fixed_camera\.py"
+)
 SCRIPT = re.compile(r"^    (python - .*<<'E'\n(?:.*\n)*?    E)$", re.M)
 TOOLS = set(find_tools())
 PAGES = [

@@ -5,7 +5,7 @@ through the same reader.
 """
 
 from .dataset import CAMERAS, camera_seed, frame_seed, write_dataset
-from .scenes import CATEGORIES, Scene, SceneObject, render_scene
+from .scenes import CATEGORIES, Scene, SceneObject, render_scene, render_sequence
 
 __all__ = ["CAMERAS", "CATEGORIES", "Scene", "SceneObject", "camera_seed", "frame_seed"]
-__all__ += ["render_scene", "write_dataset"]
+__all__ += ["render_scene", "render_sequence", "write_dataset"]

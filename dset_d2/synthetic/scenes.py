@@ -1,7 +1,8 @@
 """Crossings with traffic on them, seen by a roadside camera: placed, painted and labelled."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from typing import NamedTuple
 
 import cv2
@@ -23,7 +24,7 @@ class Habit(NamedTuple):
 
     ``share`` is of all participants. It may be up to ``reach`` metres along the main road, ``kerb``
     (a range) metres inwards from the kerb or, by default, in a lane, and its heading strays from
-    the road's by ``wander`` radians.
+    the road's by ``wander`` radians. ``speed`` is a range in m/s.
     """
 
     build: Callable[[np.random.Generator], models.Model]
@@ -31,6 +32,7 @@ class Habit(NamedTuple):
     reach: float = 42.0
     kerb: tuple[float, float] | None = None
     wander: float = 0.05
+    speed: tuple[float, float] = (6, 12)
 
 
 HABITS = {
@@ -38,11 +40,11 @@ HABITS = {
     "Truck": Habit(models.truck, 0.1),
     "Van": Habit(models.van, 0.1),
     "Bus": Habit(models.bus, 0.08),
-    "Pedestrian": Habit(models.pedestrian, 0.13, 24, (-3.2, -0.6), 0.5),
-    "Cyclist": Habit(models.cyclist, 0.09, 26, (0.4, 2.4), 0.2),
+    "Pedestrian": Habit(models.pedestrian, 0.13, 24, (-3.2, -0.6), 0.5, (0.9, 1.7)),
+    "Cyclist": Habit(models.cyclist, 0.09, 26, (0.4, 2.4), 0.2, (3, 6)),
     "Motorcyclist": Habit(models.motorcyclist, 0.08, 26, (0.4, 2.4), 0.2),
-    "Trafficcone": Habit(models.traffic_cone, 0.1, 18, (-0.6, 3.2), 1.0),
-    "PedestrianIgnore": Habit(models.crowd, 0, 30, (-3.2, -1.0), 0.5),
+    "Trafficcone": Habit(models.traffic_cone, 0.1, 18, (-0.6, 3.2), 1.0, (0, 0)),
+    "PedestrianIgnore": Habit(models.crowd, 0, 30, (-3.2, -1.0), 0.5, (0, 0)),
 }
 CATEGORIES = tuple(name for name, habit in HABITS.items() if habit.share)
 
@@ -148,6 +150,43 @@ def render_scene(seed: int, height: int, width: int, site: int | None = None) ->
     Raises:
         ValueError: for a negative seed or a size that is not positive.
     """
+    stage = _set_stage(seed, height, width, site)
+    return _shoot(stage, stage.rng)
+
+
+def render_sequence(
+    seed: int, frames: int, height: int, width: int, site: int | None = None, rate: float = 10.0,
+    noise: bool = True,
+) -> Iterator[Scene]:  # fmt: skip
+    """Draw consecutive frames of one camera, which begin with what :func:`render_scene` shows.
+
+    Camera, surroundings, light and exposure stay. Participants drive or walk on along the road
+    that they face, each at a speed of its own, and wait while something stands in their way; none
+    comes after those who leave, so that sequences of seconds are meant. Cones and crowds stand.
+
+    Args:
+        seed, height, width, site: see :func:`render_scene`.
+        frames: how many.
+        rate: frames per second.
+        noise: of the sensor, drawn anew in each frame; without it only what moves changes.
+
+    Raises:
+        ValueError: as :func:`render_scene`, or for less than one frame or no positive rate.
+    """
+    check_least(1, frames=frames)
+    if not rate > 0:
+        raise ValueError(f"rate={rate} must be positive")
+    stage = _set_stage(seed, height, width, site)
+    return _roll(stage, frames, rate, np.random.default_rng([seed, 2]), noise)
+
+
+def check_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
+
+
+def _set_stage(seed: int, height: int, width: int, site: int | None) -> Stage:
     check_least(1, height=height, width=width)
     check_least(0, seed=seed)
     rng = np.random.default_rng(seed)
@@ -161,21 +200,53 @@ def render_scene(seed: int, height: int, width: int, site: int | None = None) ->
     stage = Stage(place, rng, (height, width), camera, _light(rng), _roads(place), [])
     _furnish(stage)
     _populate(stage)
+    return stage
 
+
+def _shoot(stage: Stage, noise: np.random.Generator | None) -> Scene:
+    """Take the picture; advances the stage's generators, and that of the noise if there is any."""
+    height, width = stage.size
     canvas = cv2.resize(_background(stage), None, fx=SCALE, fy=SCALE)
     ids = np.zeros(canvas.shape[:2], np.uint8)
     for index in paint_order(np.array([thing.footprint for thing in stage.things])):
         paint(canvas, stage.things[index].patches)
         paint(ids, stage.things[index].patches, index + 1)
-    image = _expose(stage, cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA))
+    image = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA)
+    image = _expose(stage, image, noise)
     labels = [_label(stage, index, ids) for index, t in enumerate(stage.things) if t.category]
     return Scene(image, [label for label in labels if label is not None])
 
 
-def check_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
+def _roll(
+    stage: Stage, frames: int, rate: float, rng: np.random.Generator, noise: bool
+) -> Iterator[Scene]:
+    """Take pictures of a stage whose participants move."""
+    speeds = [rng.uniform(*HABITS[t.category].speed) if t.category else 0.0 for t in stage.things]
+    for _ in range(frames):
+        # Copies of the generators draw the same asphalt, stains and exposure in each frame.
+        still = stage._replace(site=deepcopy(stage.site), rng=deepcopy(stage.rng))
+        yield _shoot(still, rng if noise else None)
+        for index, speed in enumerate(speeds):
+            _advance(stage, index, speed / rate)
+
+
+def _advance(stage: Stage, index: int, distance: float) -> None:
+    """Move a thing along the road that it faces, in metres, unless another is in the way."""
+    thing = stage.things[index]
+    courses = [road.heading + turn for road in stage.roads for turn in (0, math.pi)]
+    course = min(courses, key=lambda c: abs(math.remainder(thing.heading - c, 2 * math.pi)))
+    step = distance * np.array([math.cos(course), math.sin(course)])
+    footprint = (thing.footprint + step).astype(np.float32)
+    others = stage.things[:index] + stage.things[index + 1 :]
+    if not distance or _meets(footprint, others):
+        return
+    position = thing.position + step
+    patches = draw(thing.model, position, thing.heading, stage.camera, stage.light) or []
+    stage.things[index] = thing._replace(position=position, footprint=footprint, patches=patches)
+
+
+def _meets(footprint: np.ndarray, things: Sequence[Thing]) -> bool:
+    return any(cv2.intersectConvexConvex(footprint, thing.footprint)[0] for thing in things)
 
 
 def _light(rng: np.random.Generator) -> Light:
@@ -260,7 +331,7 @@ def _put(
     central = inside.prod() > 0.35 * (high - low).prod()
     if depth.min() < NEAR or not inside.all() or (category and not (large and central)):
         return False
-    if any(cv2.intersectConvexConvex(footprint, other.footprint)[0] for other in stage.things):
+    if _meets(footprint, stage.things):
         return False
     patches = draw(model, position, heading, stage.camera, stage.light)
     if patches:
@@ -359,8 +430,8 @@ def _paint_roads(stage: Stage, image: np.ndarray, top: int) -> None:
             strips(road, [(s, s + 3.4, t, t + 0.5) for t in bars], white)
 
 
-def _expose(stage: Stage, image: np.ndarray) -> np.ndarray:
-    """Lamps, exposure, optics and noise: (H, W, 3) uint8."""
+def _expose(stage: Stage, image: np.ndarray, noise: np.random.Generator | None) -> np.ndarray:
+    """Lamps, exposure, optics and noise, if it is given: (H, W, 3) uint8."""
     rng, width, lamps = stage.rng, stage.size[1], stage.light.lamps
     image = image.astype(np.float32)
     if lamps:  # what is as bright as a lamp shines over its surroundings
@@ -369,8 +440,9 @@ def _expose(stage: Stage, image: np.ndarray) -> np.ndarray:
     image *= (rng.uniform(0.82, 1.14) * rng.normal(1, 0.025, 3)).astype(np.float32)
     if rng.random() < 0.35:
         image = cv2.GaussianBlur(image, None, rng.uniform(0.3, 0.8) * width / 512)
-    noise = np.float32(rng.uniform(0.5, 3.5) + 2 * lamps)
-    image += noise * rng.standard_normal((*stage.size, 1), np.float32)
+    level = np.float32(rng.uniform(0.5, 3.5) + 2 * lamps)
+    if noise is not None:
+        image += level * noise.standard_normal((*stage.size, 1), np.float32)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 

@@ -12,6 +12,7 @@ from dset_d2.synthetic import (
     camera_seed,
     frame_seed,
     render_scene,
+    render_sequence,
     scenes,
 )
 from dset_d2.synthetic.scenes import paint_order
@@ -64,11 +65,17 @@ def test_truncated_boxes_touch_the_border(rendered):
     assert touches.mean() > 0.97  # a thing of loose parts may end short of the border
 
 
-def test_boxes_fit_what_was_drawn(monkeypatch):
+def last_of_sequence(seed: int, height: int, width: int) -> Scene:
+    *_, last = render_sequence(seed, 3, height, width, rate=2)
+    return last
+
+
+@pytest.mark.parametrize("render", [render_scene, last_of_sequence])
+def test_boxes_fit_what_was_drawn(render, monkeypatch):
     """The pixels that differ once the participants are left out fill the boxes."""
 
     def draw_all() -> list[Scene]:
-        return [render_scene(frame_seed(1, index), HEIGHT, WIDTH) for index in range(12)]
+        return [render(frame_seed(1, index), HEIGHT, WIDTH) for index in range(12)]
 
     day = scenes._light(np.random.default_rng(0))  # at night, lamps shine beyond the boxes
     assert not day.lamps
@@ -179,3 +186,103 @@ def test_frames_of_one_camera_look_alike(monkeypatch):
     for index in range(CAMERAS):
         other = (index + 1) % CAMERAS
         assert likeness[index, index + CAMERAS] > 0.9 > 0.7 > likeness[index, other]
+
+
+@pytest.fixture
+def shadowless(monkeypatch):
+    """By day and without shadows, things show in their boxes alone; those hidden have one, too."""
+    day = scenes._light(np.random.default_rng(0))
+    assert not day.lamps
+    monkeypatch.setattr(scenes, "_light", lambda rng: day._replace(shadow=0))
+    monkeypatch.setattr(scenes, "CONTACT_SHADOW", 0)
+    monkeypatch.setattr(scenes, "MIN_VISIBLE", 0)
+
+
+def test_a_sequence_begins_with_its_scene_and_repeats():
+    first, second = render_sequence(6, 2, HEIGHT, WIDTH)
+    scene = render_scene(6, HEIGHT, WIDTH)
+    assert first.objects == scene.objects != second.objects
+    difference = first.image.astype(float) - scene.image
+    assert abs(difference.mean()) < 0.1 and difference.std() < 8, "only the noise is another"
+    for one, again in zip((first, second), render_sequence(6, 2, HEIGHT, WIDTH), strict=True):
+        assert np.array_equal(one.image, again.image) and one.objects == again.objects
+
+
+def test_in_a_sequence_the_noise_alone_is_new_where_nothing_moves(monkeypatch):
+    monkeypatch.setattr(scenes, "_populate", lambda stage: None)
+    first, *others = (frame.image for frame in render_sequence(2, 3, *SMALL, noise=False))
+    assert all(np.array_equal(first, other) for other in others)
+    noisy = [frame.image.astype(float) for frame in render_sequence(2, 3, *SMALL)]
+    grains = [image - first for image in noisy]
+    likeness = np.corrcoef([grain.ravel() for grain in grains])
+    assert all(0.3 < grain.std() < 6 and abs(grain.mean()) < 0.2 for grain in grains)
+    assert np.abs(likeness - np.eye(3)).max() < 0.1
+
+
+@pytest.mark.parametrize("seed", [6, 27])
+def test_frames_of_a_sequence_differ_in_the_boxes_of_what_moved_alone(seed, shadowless):
+    before, compared = None, 0
+    for frame in render_sequence(seed, 5, HEIGHT, WIDTH, noise=False):
+        boxes = np.array([item.box for item in frame.objects])
+        assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= (WIDTH, HEIGHT)).all()
+        if before is not None:
+            places = {item.location for item in before.objects}
+            still = places & {item.location for item in frame.objects}
+            changed = (frame.image != before.image).any(-1)
+            elsewhere = changed.copy()
+            for item in (*before.objects, *frame.objects):
+                if item.location not in still:
+                    low, high = np.array(item.box).reshape(2, 2).round().astype(int)
+                    x0, y0 = np.maximum(low - 4, 0)  # lenses blur
+                    box = np.s_[y0 : high[1] + 4, x0 : high[0] + 4]
+                    assert changed[box].any()
+                    elsewhere[box] = False
+                    compared += 1
+            assert not elsewhere.any()
+        before = frame
+    assert compared > 20
+
+
+@pytest.mark.parametrize("rate", [10, 25])
+def test_participants_keep_their_speed_and_their_road(rate):
+    speeds: dict[tuple, list[float]] = {}
+    for seed in range(20, 26):
+        frames = list(render_sequence(seed, 4, *SMALL, rate=rate, noise=False))
+        for before, after in zip(frames, frames[1:]):
+            places = {item.dimensions: item.location for item in before.objects}
+            for item in after.objects:
+                if item.dimensions in places:
+                    step = np.subtract(item.location, places[item.dimensions])
+                    speed = np.linalg.norm(step) * rate
+                    speeds.setdefault((item.category, *item.dimensions), []).append(speed)
+                    # The roads lead ahead and across, up to 0.35 radians off.
+                    assert abs(step).min() == 0 and sorted(abs(step))[1] <= 0.37 * abs(step).max()
+    moved = 0
+    for (category, *_), found in speeds.items():
+        driven = [speed for speed in found if speed > 1e-6]  # the others wait
+        moved += bool(driven)
+        assert not driven or max(driven) == pytest.approx(min(driven), rel=1e-3)
+        low, high = scenes.HABITS[category].speed
+        assert all(low - 1e-3 <= speed <= high + 1e-3 for speed in driven)
+    assert moved > 15
+
+
+def test_nothing_drives_into_another():
+    stage = scenes._set_stage(22, *SMALL, None)
+    steps = [0.0 if thing.category is None else 1.0 for thing in stage.things]
+    waited = 0
+    for _ in range(30):
+        for index, step in enumerate(steps):
+            before = stage.things[index].position
+            scenes._advance(stage, index, step)
+            waited += bool(step) and np.array_equal(before, stage.things[index].position)
+        for one, other in combinations([thing.footprint for thing in stage.things], 2):
+            assert cv2.intersectConvexConvex(one, other)[0] < 1e-3
+    assert waited
+
+
+@pytest.mark.parametrize("change", [{"frames": 0}, {"rate": 0}, {"width": 0}, {"seed": -1}])
+def test_bad_arguments_of_a_sequence_are_named(change):
+    ((name, value),) = change.items()
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        render_sequence(**{"seed": 0, "frames": 1, "height": 96, "width": 160} | change)
