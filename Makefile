@@ -8,7 +8,7 @@ DEMO_CONFIG := projects/dset/configs/dset_r18_roadside.py
 
 READY := .venv/ready-$(DETECTRON2)
 
-.PHONY: demo test oldest lint bench clean
+.PHONY: demo test oldest lint bench bench-vit clean
 
 demo: $(READY)
 	$(BIN)/python -m dset_d2.tools.make_roadside --output $(DEMO)/datasets --train 480
@@ -59,6 +59,23 @@ bench: $(READY)
 		--variant "DSET: $(RAMP)" \
 		--variant "DSET-zero: $(RAMP) model.encoder.pruning.restore=zero" \
 		train.max_iter=240 train.eval_period=80
+
+VIT := output/ablation_vit
+PLACE := model.backbone.pruning
+JOBS ?= 2
+# Sparse ViTs beside their static controls: AP against time, two seeds, an hour or two.
+bench-vit: $(READY)
+	$(BIN)/python -m dset_d2.tools.make_roadside --output $(VIT)/datasets --train 480 --val 120
+	DETECTRON2_DATASETS=$(VIT)/datasets $(BIN)/python -m dset_d2.tools.ablation \
+		--config-file projects/dset/configs/dset_dinov3_roadside.py --output $(VIT) \
+		--jobs $(JOBS) --seeds 0 1 --keep-ratios 1 0.7 0.5 0.3 --scorers learned attention \
+		--variant "dense: $(PLACE)=[]" \
+		--variant "pruned 0.7: $(PLACE).0.keep_ratio=0.7" \
+		--variant "pruned 0.5:" \
+		--variant "pruned 0.3: $(PLACE).0.keep_ratio=0.3" \
+		--variant "random: $(PLACE).0.keep_ratio=0.3 $(PLACE).0.random_ratio=true" \
+		--variant "windows: $(PLACE)=[] model.backbone.windows.global_blocks=[3,7]" \
+		--variant "scale 0.8: $(PLACE)=[] model.backbone.scale=0.8"
 
 clean:
 	rm -rf .venv .venv-oldest output build *.egg-info

@@ -10,6 +10,7 @@ from torch import nn
 
 from dset_d2 import add_detr_config
 from dset_d2.analysis import count_flops
+from dset_d2.checkpoint import load_dinov3
 from dset_d2.config import apply_overrides, load_config
 from dset_d2.modeling import (
     DINOv3,
@@ -300,6 +301,17 @@ def test_experts_in_blocks():
         torch.testing.assert_close(a, b)
     assert list(records) == ["moe/backbone_4"]
     assert records["moe/backbone_4"].tokens.prefix == PREFIX
+
+
+@pytest.mark.parametrize("construction", ["slots", "paper"])
+def test_experts_start_exactly_from_a_dense_vit(construction):
+    dense = vit()
+    slots = 2 if construction == "slots" else 1
+    moe = MoEConfig(num_experts=4, top_k=2, slots=slots, expert_dim=64, layers=(2, 5))
+    routed = vit(moe=moe)
+    load_dinov3(routed, dense.dinov3.state_dict(), upcycling=construction)
+    for a, b in zip(maps(routed)[0], maps(dense)[0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_experts_behind_a_pruner_know_their_tokens():
