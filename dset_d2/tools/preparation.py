@@ -10,7 +10,7 @@ from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch.utils.data import Dataset
 
 from ..config import nearest
@@ -69,11 +69,11 @@ def fit_schedules(cfg: DictConfig, dataset: Sequence | Dataset | None) -> None:
         logger.warning("The run ends before its schedules: %s", ", ".join(late))
 
 
-def outlasting(node: DictConfig, steps: int, prefix: str = "") -> list[str]:
+def outlasting(node: DictConfig | ListConfig, steps: int, prefix: str = "") -> list[str]:
     """What a config has to happen after so many steps."""
     found = []
-    for key, value in node.items():
-        if isinstance(value, DictConfig):
+    for key, value in node.items() if isinstance(node, DictConfig) else enumerate(node):
+        if isinstance(value, DictConfig | ListConfig):
             found += outlasting(value, steps, f"{prefix}{key}.")
         elif key in ENDS and value is not None and value > steps:
             found.append(f"{prefix}{key}={value}")

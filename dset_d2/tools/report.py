@@ -98,6 +98,10 @@ SETTINGS = (
     "dataloader.image_size",
     "optimizer.lr",
     "optimizer.params.rules",
+    "model.backbone.pruning",
+    "model.backbone.moe",
+    "model.backbone.windows",
+    "model.backbone.scale",
     "model.encoder.pruning",
     "model.encoder.moe",
     "model.decoder.moe",
@@ -197,8 +201,9 @@ def settings_of(cfg: DictConfig) -> dict[str, object]:
         value = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
         if OmegaConf.is_config(value):
             value = OmegaConf.to_container(value, resolve=True)
-            if isinstance(value, dict):
-                value.pop("_target_", None)
+            for group in value if isinstance(value, list) else [value]:
+                if isinstance(group, dict):
+                    group.pop("_target_", None)
         if value is not None:
             found[key] = value
     return found

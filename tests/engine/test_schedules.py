@@ -85,6 +85,9 @@ def test_schedules_that_outlast_the_run_are_named(caplog):
     steps(DSET, "train.epochs=1", *late)
     assert "lr_multiplier.warmup_iters=400" in caplog.text
     assert "model.encoder.pruning.end_step=500" in caplog.text
+    place = "model.backbone.pruning.0.end_step=99999999"
+    steps("projects/dset/configs/dset_dinov3_s_coco.py", place)
+    assert place in caplog.text
 
 
 def test_parts_of_a_batch_are_checked_before_data_are_read():
