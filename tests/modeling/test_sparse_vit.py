@@ -530,6 +530,9 @@ def test_from_cfg_node():
     backbone = DINOv3(cfg, None)
     assert backbone.pruners["3"].config.keep_ratio == 0.5
     assert backbone.dinov3.blocks[4].mlp.config.num_experts == 2
+    cfg.MODEL.DINOV3.PRUNING = [{"block": 3, "keep": 0.5}]
+    with pytest.raises(ValueError, match="MODEL.DINOV3.PRUNING: .*'keep'"):
+        DINOv3(cfg, None)
     cfg.MODEL.DINOV3.update(PRUNING=[], SCALE=0.5)
     cfg.MODEL.DINOV3.MOE.NUM_EXPERTS = 0
     cfg.MODEL.DINOV3.WINDOWS.update(ENABLED=True, GLOBAL_BLOCKS=[5])

@@ -139,7 +139,7 @@ class DINOv3(PretrainedBackbone):
             "vit": dict(node.VIT),
             "freeze": freeze,
             "lora": lora,
-            "pruning": [ViTPruningConfig(**place) for place in node.PRUNING],
+            "pruning": pruning_places(node.PRUNING),
             "moe": moe,
             "windows": windows,
         }
@@ -297,6 +297,14 @@ class DINOv3(PretrainedBackbone):
                 block, tokens, rope, use_reentrant=False, context_fn=checkpoint_contexts
             )
         return block(tokens, rope)
+
+
+def pruning_places(places: Sequence[dict]) -> list[ViTPruningConfig]:
+    """Those of ``MODEL.DINOV3.PRUNING``."""
+    try:
+        return [ViTPruningConfig(**place) for place in places]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"MODEL.DINOV3.PRUNING: {error}") from error
 
 
 def add_experts(blocks: Sequence[nn.Module], config: MoEConfig | None) -> None:

@@ -72,7 +72,7 @@ def pruned_layout(
         index = torch.cat([always, kept + prefix], dim=1)
         chosen, rope = prune(tokens, index), prune(rope[None], kept)[:, None]
     if gate is not None:
-        chosen = chosen * F.pad(gate.to(chosen.dtype), (0, 0, prefix, 0), value=1.0)
+        chosen = chosen * F.pad(gate, (0, 0, prefix, 0), value=1.0)
     full = tokens if pruner.config.restore == "bypass" else torch.zeros_like(tokens)
     return Layout(chosen, rope, where.prune(kept), lambda x: restore(full, index, x))
 
@@ -91,6 +91,7 @@ def windowed_layout(windows: WindowConfig, tokens: Tensor, rope: Tensor, where: 
     return Layout(split, rope, None, whole)
 
 
+@torch.no_grad()
 def attention_received(block: nn.Module, tokens: Tensor, rope: Tensor, prefix: int) -> Tensor:
     """(B, N) shares of the attention that the prefix tokens pay to each of N patches in a block.
 
