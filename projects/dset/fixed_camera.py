@@ -37,7 +37,7 @@ from torchvision.ops import box_convert
 
 from dset_d2.analysis import measure
 from dset_d2.modeling import DINOv3
-from dset_d2.modeling.backbone.dinov3 import PATCH
+from dset_d2.modeling.backbone.adapters import PATCH
 from dset_d2.modeling.sparse.pruning import foreground
 from dset_d2.synthetic import Scene, render_sequence
 from dset_d2.tools import common

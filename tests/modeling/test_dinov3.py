@@ -131,11 +131,11 @@ def test_plain_adapters_upsampling():
     """Nearest repeats the cells of a 1x1 convolution, bilinear mixes them."""
     nearest, bilinear = (PlainAdapter(8, 4, upsampling=mode) for mode in ("nearest", "bilinear"))
     bilinear.load_state_dict(nearest.state_dict())
-    maps = [torch.randn(2, 8, 3, 5)]
+    maps, image = [torch.randn(2, 8, 3, 5)], torch.empty(2, 3, 48, 80)
     with torch.no_grad():
-        fine, middle, coarse = nearest(None, maps)
+        fine, middle, coarse = nearest(image, maps)
         repeated = nearest.convs[0](maps[0].repeat_interleave(2, 2).repeat_interleave(2, 3))
-        other = bilinear(None, maps)
+        other = bilinear(image, maps)
     torch.testing.assert_close(fine, repeated)
     assert not torch.allclose(other[0], fine)
     torch.testing.assert_close(other[1:], [middle, coarse])

@@ -17,6 +17,7 @@ from dset_d2.modeling import (
     FreezeConfig,
     Knobs,
     LoRAConfig,
+    PlainAdapter,
     SpatialTuningAdapter,
     WindowConfig,
     find_ffns,
@@ -410,6 +411,8 @@ def test_the_vit_sees_a_smaller_image():
     shrunk = F.interpolate(image, (64, 96), mode="bilinear", antialias=True)
     torch.testing.assert_close(seen[0], shrunk)
     assert {k: f.shape for k, f in features.items()} == {k: f.shape for k, f in expected.items()}
+    plain = PlainAdapter(32, 16)(image, [torch.randn(1, 32, 4, 6)])
+    assert [tuple(f.shape[2:]) for f in plain] == [(16, 24), (8, 12), (4, 6)]
     assert vit(scale=0.7).scaled(torch.zeros(1, 3, 640, 640)).shape[2:] == (448, 448)
     assert vit(scale=0.01).scaled(torch.zeros(1, 3, 64, 64)).shape[2:] == (16, 16)
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..layers import check_choice, convolution
 
+PATCH = 16  # pixels per side of what a token stands for
 LEVELS = ("p3", "p4", "p5")  # strides 8, 16, 32
 
 
@@ -49,8 +50,9 @@ class PlainAdapter(nn.Module):
         )
 
     def forward(self, image: Tensor, maps: list[Tensor]) -> list[Tensor]:
-        """As :meth:`SpatialTuningAdapter.forward`; the image is not looked at."""
-        x = self.norm(maps[-1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        """As :meth:`SpatialTuningAdapter.forward`; of the image only the size is looked at."""
+        x = resize(maps[-1], (image.shape[2] // PATCH, image.shape[3] // PATCH))
+        x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         fine, middle, coarse = (conv(x) for conv in self.convs)
         # A 1x1 convolution and upsampling commute; in this order they cost a quarter.
         size = tuple(2 * side for side in x.shape[2:])
@@ -107,7 +109,8 @@ class SpatialTuningAdapter(nn.Module):
 
         Args:
             image: (B, 3, H, W); H and W divisible by 16.
-            maps: (B, in_channels, H / 16, W / 16) of the ViT, shallowest first.
+            maps: (B, in_channels, h, w) of the ViT, shallowest first; H / 16 and W / 16, or less
+                if it sees a smaller image.
         """
         details = self.sta(image)
         if len(maps) == 1:

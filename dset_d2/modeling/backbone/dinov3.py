@@ -22,11 +22,9 @@ from ..layers import activation_name, check_choice
 from ..lora import LoRAConfig, add_lora
 from ..sparse import MoE, MoEConfig, TokenPruner, ViTPruningConfig, moe_layers
 from ..tokens import TokenMap
-from .adapters import ADAPTERS, LEVELS, resize
+from .adapters import ADAPTERS, LEVELS, PATCH
 from .base import PretrainedBackbone
 from .layouts import Layout, WindowConfig, pruned_layout, whole_layout, windowed_layout
-
-PATCH = 16
 
 OFFICIAL = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
 OFFICIAL_FILES = {
@@ -225,9 +223,7 @@ class DINOv3(PretrainedBackbone):
         height, width = x.shape[2:]
         down, across = self.divisors
         x = F.pad(x, (0, -width % across, 0, -height % down))
-        maps = self.maps(self.scaled(x))
-        shape = x.shape[2] // PATCH, x.shape[3] // PATCH
-        return dict(zip(LEVELS, self.adapter(x, [resize(m, shape) for m in maps])))
+        return dict(zip(LEVELS, self.adapter(x, self.maps(self.scaled(x)))))
 
     def scaled(self, x: Tensor) -> Tensor:
         """The image as the ViT sees it."""
