@@ -42,7 +42,7 @@ from .common import (
     write_json,
 )
 
-WARMUP = 5
+WARMUP = 5  # rounds at most
 Size = tuple[int, int]  # height, width
 COLUMNS = (
     "config", "batch", "height x width", "GMACs", "ms", "quartiles", "images/s", "time / first's"
@@ -71,7 +71,7 @@ def sweep(
         }
         calls = {name: partial(model, inputs[own[name]]) for name, model in models.items()}
         with torch.no_grad(), autocast:
-            latencies = measure(calls, args.rounds, WARMUP)
+            latencies = measure(calls, args.rounds, min(WARMUP, args.rounds))
         for name, latency in latencies.items():
             size = own[name]
             if (name, size) not in macs:
