@@ -75,7 +75,8 @@ bench-vit: $(READY)
 		--variant "pruned 0.3: $(PLACE).0.keep_ratio=0.3" \
 		--variant "random: $(PLACE).0.keep_ratio=0.3 $(PLACE).0.random_ratio=true" \
 		--variant "windows: $(PLACE)=[] model.backbone.windows.global_blocks=[3,7]" \
-		--variant "scale 0.8: $(PLACE)=[] model.backbone.scale=0.8"
+		--variant "scale 0.8: $(PLACE)=[] model.backbone.scale=0.8" \
+		--variant "input 224: $(PLACE)=[] dataloader.image_size=[224,384]"
 
 clean:
 	rm -rf .venv .venv-oldest output build *.egg-info
