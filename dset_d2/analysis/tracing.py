@@ -81,9 +81,8 @@ def inference(model: nn.Module) -> Iterator[None]:
         for module in modules:
             module.training = False
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            for module in modules:
-                if isinstance(module, MetaArch):
-                    module.warm_up()
+            if isinstance(model, MetaArch):
+                model.warm_up()
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)

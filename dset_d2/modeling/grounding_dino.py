@@ -24,6 +24,7 @@ from detectron2.structures import Instances
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from .. import clock
 from ..arguments import arguments, build
 from .context import Knobs, forward_context
 from .criterion import TokenCriterion, TokenMatcher
@@ -119,7 +120,7 @@ class GroundingDINO(MetaArch):
         self.texts_state: tuple = ()  # of the text backbone when it did
         self.name_parts()
         if prompts is not None or self.dataset_classes():
-            self.prompts  # what is wrong with them is an error now
+            _ = self.prompts  # what is wrong with them is an error now
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -198,10 +199,15 @@ class GroundingDINO(MetaArch):
         """
         backbone = self.network.model.text_backbone
         parameters = list(backbone.parameters())
-        if backbone.training or torch.is_grad_enabled() or any(p.is_inference() for p in parameters):
+        if (
+            backbone.training
+            or torch.is_grad_enabled()
+            or any(p.is_inference() for p in parameters)
+        ):
             return self.read(prompt)
         kind = self.device.type
         state = (
+            clock.optimizer_steps,
             *((p.data_ptr(), p._version) for p in parameters),
             torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
         )
@@ -346,9 +352,9 @@ def collector(layers: list[dict[str, Tensor]]) -> Callable:
     """A ``loss_function`` of the library that keeps what all layers predict, which it shows to no
     one else, and computes nothing.
 
-    The library's own (5.23) numbers the classes of an image after those of the image before it
-    alone, not of all before it; and it takes the encoder's boxes without their gradient and the
-    encoder's logits of the learned queries, so that what chooses the queries never learns.
+    The library's own (5.23) looks the classes of an image up behind as many rows as it has itself,
+    not as all images before it have. And it takes the encoder's boxes without their gradient, and
+    as the encoder's logits those of the learned queries, so that what chooses queries never learns.
     """
 
     def collect(*_, outputs_class: Tensor, outputs_coord: Tensor, **__) -> tuple[None, None, None]:
@@ -431,9 +437,11 @@ def library() -> Any:
 def load_folder(folder: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Network and tokenizer of a local folder, as ``save_pretrained`` writes them.
 
+    Of weights that have no place in the network the library warns.
+
     Raises:
         FileNotFoundError: names the folder and what it lacks.
-        ValueError: if it holds another kind of network, or weights that do not fit it.
+        ValueError: if it holds another kind of network, or weights that do not make it whole.
     """
     path = Path(folder)
     present = {file.name for file in path.iterdir()} if path.is_dir() else set()
@@ -451,13 +459,17 @@ def load_folder(folder: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]
     check_choice(f"{folder}/config.json: model_type", config.model_type, KINDS)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
     network, report = transformers.AutoModelForZeroShotObjectDetection.from_pretrained(
-        folder, config=config, dtype=torch.float32, output_loading_info=True, **local
+        folder,
+        config=config,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # they are an error below
+        output_loading_info=True,
+        **local,
     )
     wrong = [
         f"{len(report[key])} {text} {sorted(map(str, report[key]))[:3]}"
         for key, text in (
             ("missing_keys", "parameters without a key"),
-            ("unexpected_keys", "keys without a place"),
             ("mismatched_keys", "keys of another shape"),
         )
         if report[key]

@@ -327,7 +327,8 @@ def run(argv: list[str] | None = None) -> None:
     cfg = read_config(args.config_file, args.opts)
     args.config_file = str(find_config(args.config_file))
     if args.eval_only and not (cfg.train.init_checkpoint or own_weights(cfg)):
-        raise UsageError("--eval-only needs train.init_checkpoint=FILE")
+        hint = " or model.folder=FOLDER" if "folder" in cfg.model else ""
+        raise UsageError(f"--eval-only needs train.init_checkpoint=FILE{hint}")
     folder = Path(cfg.train.output_dir)
     if not args.eval_only and cfg.train.resume_from:
         with usage_errors("train.resume_from"):

@@ -64,7 +64,9 @@ class TokenCriterion(SetCriterion):
         layers |= {f"_enc_{i}": layer for i, layer in enumerate(outputs["enc_outputs"])}
         layers = {suffix: in_fp32(layer) for suffix, layer in layers.items()}
         losses: dict[str, Tensor] = {}
-        for (suffix, layer), match in zip(layers.items(), self.matcher([*layers.values()], targets)):
+        for (suffix, layer), match in zip(
+            layers.items(), self.matcher([*layers.values()], targets)
+        ):
             losses |= self.set_losses(layer, targets, match, divisor, suffix)
         return losses
 
