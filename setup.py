@@ -36,6 +36,7 @@ setup(
         "RT-DETR",
         "D-FINE",
         "DINOv3",
+        "Grounding DINO",
         "Detectron2",
         "mixture of experts",
         "token pruning",
@@ -79,11 +80,12 @@ setup(
     ],
     extras_require={
         "opencv": ["opencv-python>=4.5.5.64"],
+        "grounding": ["transformers>=5.23"],  # Grounding DINO, of which nothing else is imported
         "test": [
             "pytest>=7",
             "pytest-xdist>=3.7",
             "hypothesis>=6",
-            "transformers>=5.23",  # whose names of parameters a comparison follows
+            "transformers>=5.23",  # also for comparisons, which follow its names of parameters
             "mypy",
             "ruff",
         ],

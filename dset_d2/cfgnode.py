@@ -12,6 +12,7 @@ from .modeling import (
     DFINEDecoder,
     DINOv3,
     FreezeConfig,
+    GroundingDINO,
     HGNetv2,
     HungarianMatcher,
     HybridEncoder,
@@ -21,6 +22,8 @@ from .modeling import (
     RTDETRDecoder,
     SetCriterion,
     SpatialTuningAdapter,
+    TokenCriterion,
+    TokenMatcher,
     WindowConfig,
 )
 from .modeling.sparse import MemoryPruningConfig, MoEConfig, PruningConfig
@@ -59,6 +62,11 @@ def add_detr_config(cfg: CfgNode) -> None:
                                   beside it
       ``.WEIGHTS``                of the losses, by their names
       ``.MATCHER``                :class:`HungarianMatcher`
+    ``MODEL.GROUNDING_DINO``      :class:`GroundingDINO`, of which ``MODEL`` has the rest and
+                                  ``DATASETS`` the data set; ``ARCHITECTURE`` takes the library's
+                                  settings as they are
+      ``.CRITERION``              :class:`TokenCriterion`, with ``WEIGHTS`` and ``MATCHER``
+                                  (:class:`TokenMatcher`)
     ``INPUT``                     ``IMAGE_SIZE`` (height, width; images are stretched to it),
                                   ``STRONG_AUGMENTATION_END`` (the training step from which the
                                   groups below are left out) and what :class:`DETRMapper` takes
@@ -106,6 +114,7 @@ def add_detr_config(cfg: CfgNode) -> None:
         WEIGHTS=CfgNode({name.upper(): weight for name, weight in weights.items()}),
         MATCHER=keys_of(HungarianMatcher),
     )
+    add_grounding_dino(cfg.MODEL)
     cfg.INPUT.update(
         keys_of(
             DETRMapper,
@@ -134,4 +143,16 @@ def add_backbones(node: CfgNode) -> None:
         LORA=keys_of(LoRAConfig, RANK=0),
         MOE=keys_of(MoEConfig, NUM_EXPERTS=0),
         WINDOWS=keys_of(WindowConfig, ENABLED=False),
+    )
+
+
+def add_grounding_dino(node: CfgNode) -> None:
+    """Add the keys of Grounding DINO to those of ``MODEL``."""
+    weights = {name.upper(): value for name, value in TokenCriterion.default_weights.items()}
+    elsewhere = ("dataset", "pixel_mean", "pixel_std", "max_detections", "multi_scale")
+    node.GROUNDING_DINO = keys_of(
+        GroundingDINO,
+        without=(*elsewhere, "multi_scale_end"),
+        ARCHITECTURE=CfgNode(new_allowed=True),
+        CRITERION=keys_of(TokenCriterion, WEIGHTS=CfgNode(weights), MATCHER=keys_of(TokenMatcher)),
     )

@@ -127,8 +127,14 @@ def begin_training(model: nn.Module, clock: TrainingClock) -> None:
         clock.lead()
 
 
+# Steps of all optimizers. Fused ones change weights behind the back of torch's version counters.
+optimizer_steps = 0
+
+
 def count_step(optimizer: Optimizer, *_) -> None:
     """Tick the clocks of the models that an optimizer trains, after its step."""
+    global optimizer_steps
+    optimizer_steps += 1
     clocks = _trained_by.get(optimizer)
     if clocks is None:
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -83,6 +83,71 @@ def tiny_dinov3(depth: int = 6, **backbone) -> torch.nn.Module:
     return randomise(instantiate(cfg))
 
 
+# Settings of a transformers config; without dropout, so that runs can be compared.
+GROUNDING = dict(
+    model_type="grounding-dino",
+    backbone_config=dict(
+        model_type="swin",
+        image_size=64,
+        embed_dim=16,
+        depths=[1] * 4,
+        num_heads=[1, 2, 4, 8],
+        window_size=4,
+        drop_path_rate=0.0,
+        out_features=["stage2", "stage3", "stage4"],
+    ),
+    text_config=dict(
+        model_type="bert",
+        vocab_size=1100,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    ),
+    d_model=64,
+    encoder_layers=1,
+    encoder_ffn_dim=96,
+    encoder_attention_heads=4,
+    decoder_layers=2,
+    decoder_ffn_dim=96,
+    decoder_attention_heads=4,
+    num_queries=20,
+    max_text_len=64,
+    dropout=0.0,
+    fusion_droppath=0.0,
+)
+PROMPTS = ["car", "TrafficCone", ["person", "cyclist"], "xylophone", "van"]
+
+
+def tiny_grounding(kind: str = "grounding-dino", **settings) -> torch.nn.Module:
+    """A Grounding DINO of five classes in eval mode, all of whose parameters matter.
+
+    Skips the test where its library is not there, or too old.
+    """
+    pytest.importorskip("transformers", minversion="5.23")
+    torch.manual_seed(0)
+    settings = {"prompts": PROMPTS} | settings
+    if "folder" not in settings:
+        settings["architecture"] = GROUNDING | {"model_type": kind}
+    model = dset_d2.modeling.GroundingDINO(**settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def grounding_folder(tmp_path_factory) -> str:
+    """A local folder as released ones are, of a network of random weights."""
+    folder = str(tmp_path_factory.mktemp("grounding-dino"))
+    model = tiny_grounding()
+    model.network.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return folder
+
+
 def randomise(model: torch.nn.Module) -> torch.nn.Module:
     """Leave the initial state: heads that are zero and unit statistics hide mistakes."""
     with torch.no_grad():

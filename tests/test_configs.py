@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 import dset_d2
 from dset_d2.config import apply_overrides, load_config
-from dset_d2.modeling import LoRAConfig
+from dset_d2.modeling import GroundingDINO, LoRAConfig
 from dset_d2.modeling.sparse import MoE, MoEConfig, PruningConfig
 
 from .conftest import make_inputs
@@ -37,9 +37,13 @@ PARAMETERS = {  # published, in millions
 
 
 @pytest.mark.parametrize("path", CONFIGS)
-def test_config_trains_and_detects(path, tmp_path):
+def test_config_trains_and_detects(path, tmp_path, request):
     cfg = dset_d2.get_config(path)
-    if cfg.model.decoder.num_classes is None:
+    if cfg.model._target_ is GroundingDINO:
+        pytest.importorskip("transformers", minversion="5.23")
+        if "architecture" not in cfg.model:
+            cfg.model.folder = request.getfixturevalue("grounding_folder")
+    elif cfg.model.decoder.num_classes is None:
         cfg.model.decoder.num_classes = 3
     model = instantiate(cfg.model)
     cfg.optimizer.params.model = model
@@ -49,7 +53,7 @@ def test_config_trains_and_detects(path, tmp_path):
     assert instantiate(cfg.lr_multiplier)(0.5) == pytest.approx(1, abs=0.99)
 
     model.train()
-    losses = model(make_inputs([(64, 64)] * 2, num_classes=model.decoder.num_classes))
+    losses = model(make_inputs([(64, 64)] * 2, num_classes=model.num_classes))
     assert all(value.isfinite() for value in losses.values())
     with torch.no_grad():
         found = model.eval()(make_inputs([(64, 96)]))

@@ -65,7 +65,8 @@ def tensors_in(values) -> Iterator[Tensor]:
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; attention from its parts, as fused kernels hide products.
+    """Eval mode without gradients; attention from its parts, as fused kernels hide products. What
+    a detector keeps from call to call is there before.
 
     The model is as before at the end. Its training flags are set one by one, because a module
     may do more in ``train()`` than set its flag; hooks that a failed trace left are removed.
@@ -80,6 +81,8 @@ def inference(model: nn.Module) -> Iterator[None]:
         for module in modules:
             module.training = False
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            if isinstance(model, MetaArch):
+                model.warm_up()
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)

@@ -7,12 +7,19 @@ from .backbone import (
     WindowConfig,
 )
 from .context import Knobs, forward_context
-from .criterion import DFINECriterion, HungarianMatcher, SetCriterion
+from .criterion import (
+    DFINECriterion,
+    HungarianMatcher,
+    SetCriterion,
+    TokenCriterion,
+    TokenMatcher,
+)
 from .decoder import DFINEDecoder, RTDETRDecoder
 from .detector import DETRDetector
 from .encoder import Encoded, HybridEncoder
 from .ffn import FFN, find_ffns
 from .freezing import FreezeConfig
+from .grounding_dino import GroundingDINO
 from .lora import LoRAConfig, merge_lora
 from .meta_arch import MetaArch
 from .registry import (
@@ -35,6 +42,7 @@ __all__ = [
     "Encoded",
     "FFN",
     "FreezeConfig",
+    "GroundingDINO",
     "HGNetv2",
     "HungarianMatcher",
     "HybridEncoder",
@@ -46,6 +54,8 @@ __all__ = [
     "RTDETRDecoder",
     "SetCriterion",
     "SpatialTuningAdapter",
+    "TokenCriterion",
+    "TokenMatcher",
     "WindowConfig",
     "build_criterion",
     "build_decoder",

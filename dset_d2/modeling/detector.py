@@ -1,13 +1,10 @@
 """Real-time detection transformers: backbone, encoder, decoder and criterion as one model."""
 
 import math
-from typing import NamedTuple
 
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
-from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
-from torchvision.ops import box_convert
 
 from ..arguments import arguments, naming_keys
 from .context import Knobs, forward_context
@@ -16,20 +13,6 @@ from .layers import check_choice
 from .meta_arch import MetaArch
 from .registry import build_criterion, build_decoder, build_encoder
 from .tokens import Padding
-
-
-class Detections(NamedTuple):
-    """The best (query, class) pairs of each image, K of them, best first.
-
-    Attributes:
-        boxes: (B, K, 4) x1, y1, x2, y2 in [0, 1].
-        scores: (B, K).
-        classes: (B, K).
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    classes: Tensor
 
 
 @META_ARCH_REGISTRY.register()
@@ -42,8 +25,7 @@ class DETRDetector(MetaArch):
         decoder: :class:`Encoded` -> predictions.
         criterion: predictions and targets -> losses.
         pixel_mean, pixel_std: normalisation of the RGB input; the default is RGB / 255.
-        max_detections: detections kept per image.
-        multi_scale, multi_scale_end: see :class:`MetaArch`.
+        max_detections, multi_scale, multi_scale_end: see :class:`MetaArch`.
     """
 
     @configurable
@@ -60,14 +42,13 @@ class DETRDetector(MetaArch):
         multi_scale: tuple[int, ...] = (),
         multi_scale_end: int = 0,
     ) -> None:
-        super().__init__(pixel_mean, pixel_std, multi_scale, multi_scale_end)
+        super().__init__(pixel_mean, pixel_std, max_detections, multi_scale, multi_scale_end)
         for name in encoder.in_features:
             check_choice("in_features", name, backbone.output_shape())
         self.backbone = backbone
         self.encoder = encoder
         self.decoder = decoder
         self.criterion = criterion
-        self.max_detections = max_detections
         self.name_parts()
 
     @classmethod
@@ -133,32 +114,3 @@ class DETRDetector(MetaArch):
         self, images: Tensor, targets: list[dict[str, Tensor]], padding: Padding | None
     ) -> dict[str, Tensor]:
         return self.criterion(self.decode(self.encode(images, padding), targets), targets)
-
-    def detections(self, outputs: dict[str, Tensor]) -> Detections:
-        """The best pairs among what :meth:`predict` returns, as tensors alone."""
-        scores = outputs["pred_logits"].float().sigmoid().flatten(1)
-        scores, index = scores.topk(min(self.max_detections, scores.shape[1]), dim=1)
-        num_classes = outputs["pred_logits"].shape[-1]
-        queries = (index // num_classes)[..., None].expand(-1, -1, 4)
-        boxes = box_convert(outputs["pred_boxes"].float(), "cxcywh", "xyxy").gather(1, queries)
-        return Detections(boxes, scores, index % num_classes)
-
-    def postprocess(
-        self, outputs: dict[str, Tensor], image_sizes: list[tuple[int, int]]
-    ) -> list[Instances]:
-        """Detections of each image, boxes in pixels.
-
-        Args:
-            outputs: what :meth:`predict` returns.
-            image_sizes: (height, width) to scale each image's boxes to.
-        """
-        results = []
-        for boxes, scores, classes, size in zip(*self.detections(outputs), image_sizes):
-            height, width = size
-            boxes = boxes * boxes.new_tensor([width, height, width, height])
-            results.append(
-                Instances(
-                    (height, width), pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes
-                )
-            )
-        return results

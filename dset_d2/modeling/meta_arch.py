@@ -6,10 +6,11 @@ import math
 import random
 from collections import defaultdict
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from detectron2.structures import ImageList, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
 from detectron2.utils.logger import log_every_n_seconds
 from torch import Tensor, nn
@@ -24,13 +25,27 @@ LOG_PERIOD = 20  # training steps between two looks at the sparse parts, which a
 COLLAPSE = 0.5
 
 
+class Detections(NamedTuple):
+    """The best (query, class) pairs of each image, K of them, best first.
+
+    Attributes:
+        boxes: (B, K, 4) x1, y1, x2, y2 in [0, 1].
+        scores: (B, K).
+        classes: (B, K).
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    classes: Tensor
+
+
 class MetaArch(nn.Module):
     """Base of the meta-architectures. A subclass adds its parts, :meth:`predict`, :meth:`losses`,
-    :meth:`postprocess`, ``size_divisibility`` and ``num_classes``, and calls :meth:`name_parts`
-    when it is built.
+    ``size_divisibility`` and ``num_classes``, and calls :meth:`name_parts` when it is built.
 
     Args:
         pixel_mean, pixel_std: normalisation of the RGB input in [0, 255].
+        max_detections: detections kept per image.
         multi_scale: lengths in pixels, one of which each training batch's longer side is
             resized to; empty for none.
         multi_scale_end: training step from which images keep their size.
@@ -43,10 +58,12 @@ class MetaArch(nn.Module):
         self,
         pixel_mean: tuple[float, ...],
         pixel_std: tuple[float, ...],
+        max_detections: int = 300,
         multi_scale: tuple[int, ...] = (),
         multi_scale_end: int = 0,
     ) -> None:
         super().__init__()
+        self.max_detections = max_detections
         self.multi_scale = list(multi_scale)
         self.multi_scale_end = multi_scale_end
         self.clock = TrainingClock()
@@ -60,7 +77,16 @@ class MetaArch(nn.Module):
     def predict(
         self, images: Tensor, padding: Padding | None = None, knobs: Knobs | None = None
     ) -> dict[str, Tensor]:
-        """Raw predictions of normalised images (B, 3, H, W)."""
+        """Raw predictions.
+
+        Args:
+            images: (B, 3, H, W) normalised; H and W divisible by ``size_divisibility``.
+            padding: which of them is image; None: all.
+            knobs: of this call.
+
+        Returns:
+            ``pred_logits`` (B, Q, C), ``pred_boxes`` (B, Q, 4) cx, cy, w, h in [0, 1].
+        """
         raise NotImplementedError
 
     def losses(
@@ -69,11 +95,9 @@ class MetaArch(nn.Module):
         """Weighted losses of the detections, without those of sparse parts."""
         raise NotImplementedError
 
-    def postprocess(
-        self, outputs: dict[str, Tensor], image_sizes: list[tuple[int, int]]
-    ) -> list[Instances]:
-        """Detections in pixels of images of the given (height, width)."""
-        raise NotImplementedError
+    def warm_up(self) -> None:
+        """Compute what inference keeps from one call to the next, so that analyses count what a
+        call costs."""
 
     # What all share.
 
@@ -136,6 +160,35 @@ class MetaArch(nn.Module):
             for i, instances in zip(group, self.postprocess(outputs, sizes)):
                 detections[i] = {"instances": instances}
         return detections
+
+    def detections(self, outputs: dict[str, Tensor]) -> Detections:
+        """The best pairs among what :meth:`predict` returns, as tensors alone."""
+        scores = outputs["pred_logits"].float().sigmoid().flatten(1)
+        scores, index = scores.topk(min(self.max_detections, scores.shape[1]), dim=1)
+        num_classes = outputs["pred_logits"].shape[-1]
+        queries = (index // num_classes)[..., None].expand(-1, -1, 4)
+        boxes = box_convert(outputs["pred_boxes"].float(), "cxcywh", "xyxy").gather(1, queries)
+        return Detections(boxes, scores, index % num_classes)
+
+    def postprocess(
+        self, outputs: dict[str, Tensor], image_sizes: list[tuple[int, int]]
+    ) -> list[Instances]:
+        """Detections of each image, boxes in pixels.
+
+        Args:
+            outputs: what :meth:`predict` returns.
+            image_sizes: (height, width) to scale each image's boxes to.
+        """
+        results = []
+        for boxes, scores, classes, size in zip(*self.detections(outputs), image_sizes):
+            height, width = size
+            boxes = boxes * boxes.new_tensor([width, height, width, height])
+            results.append(
+                Instances(
+                    (height, width), pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes
+                )
+            )
+        return results
 
     def groups(
         self, batched_inputs: list[dict], knobs: list[Knobs | None] | None = None

@@ -43,6 +43,7 @@ from .common import (
     image_size,
     load_weights,
     noise_image,
+    own_weights,
     read_configs,
     read_images,
     write_json,
@@ -268,6 +269,7 @@ def main(argv: list[str] | None = None) -> None:
         models[name] = build_model(cfg).eval()
         if weights:
             load_weights(models[name], weights)
+        weights = weights or own_weights(cfg) or None
         inputs[name] = make_inputs(cfg, dataset_dicts, args.num_images)
         about = {"config": path, "weights": weights}
         results[name] = about | analyze(models[name], inputs[name], args.depth)

@@ -213,11 +213,18 @@ def evaluated_names(cfg: DictConfig) -> list[str]:
 def class_names(cfg: DictConfig) -> list[str]:
     """Names of the test set's classes, or their numbers where no data at hand tell them."""
     names = MetadataCatalog.get(evaluated_names(cfg)[0]).get("thing_classes")
+    if not names and cfg.model.get("prompts"):
+        names = [text if isinstance(text, str) else text[0] for text in cfg.model.prompts]
     return names or [str(number) for number in range(cfg.model.decoder.num_classes)]
 
 
+def own_weights(cfg: DictConfig) -> str:
+    """The folder that the config's model brings its weights from; "" if these are random."""
+    return OmegaConf.select(cfg, "model.folder") or ""
+
+
 def build_model(cfg: DictConfig) -> nn.Module:
-    """The config's model with random weights, on its device."""
+    """The config's model on its device, with random weights or :func:`own_weights`."""
     model = build(cfg, "model")
     with usage_errors(f"device {cfg.train.device!r}"):
         return model.to(cfg.train.device)

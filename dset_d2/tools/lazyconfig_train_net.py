@@ -70,6 +70,7 @@ from .common import (
     class_names,
     entry_point,
     evaluated_names,
+    own_weights,
     read_config,
     usage_errors,
 )
@@ -236,7 +237,9 @@ def check(cfg: DictConfig, trainer: Trainer, evaluate: Callable[[], dict]) -> No
     for what, found in {
         "data": f"{cfg.train.images} images for training",
         "model": f"{trained / 1e6:.1f} M trained parameters",
-        "weights": cfg.train.init_checkpoint or "random: train.init_checkpoint names none",
+        "weights": cfg.train.init_checkpoint
+        or own_weights(cfg)
+        or "random: train.init_checkpoint names none",
         "training": f"a step of {batch} images took {seconds:.2f} s{memory}; loss {loss:.2f}",
         "evaluation": f"{FEW} images of each test set took {waited:.1f} s; {metric}",
         "run": f"{steps} steps, {steps * batch / cfg.train.images:.1f} epochs; about {length}",
@@ -290,8 +293,9 @@ def main(args: Namespace) -> None:
             write_report(cfg, args.config_file, args.opts)
         return
     model = build_model(cfg)
-    with initial_weights(cfg):
-        load_upstream(model, cfg.train.init_checkpoint, whole=True)
+    if cfg.train.init_checkpoint:
+        with initial_weights(cfg):
+            load_upstream(model, cfg.train.init_checkpoint, whole=True)
     check_data_set_names(cfg)
     evaluate = check_data(cfg, None)
     evaluate(create_ddp_model(model, **cfg.train.ddp))
@@ -322,8 +326,9 @@ def run(argv: list[str] | None = None) -> None:
     # What is wrong with it shall end this process, not the ones that it may start.
     cfg = read_config(args.config_file, args.opts)
     args.config_file = str(find_config(args.config_file))
-    if args.eval_only and not cfg.train.init_checkpoint:
-        raise UsageError("--eval-only needs train.init_checkpoint=FILE")
+    if args.eval_only and not (cfg.train.init_checkpoint or own_weights(cfg)):
+        hint = " or model.folder=FOLDER" if "folder" in cfg.model else ""
+        raise UsageError(f"--eval-only needs train.init_checkpoint=FILE{hint}")
     folder = Path(cfg.train.output_dir)
     if not args.eval_only and cfg.train.resume_from:
         with usage_errors("train.resume_from"):

@@ -98,6 +98,8 @@ SETTINGS = (
     "dataloader.image_size",
     "optimizer.lr",
     "optimizer.params.rules",
+    "model.folder",
+    "model.prompts",
     "model.backbone.pruning",
     "model.backbone.moe",
     "model.backbone.windows",

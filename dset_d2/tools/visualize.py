@@ -39,6 +39,7 @@ from .common import (
     entry_point,
     image_files,
     load_weights,
+    own_weights,
     read_config,
     read_images,
 )
@@ -75,7 +76,7 @@ def save(picture: np.ndarray, path: Path) -> None:
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     parser = ConfigToolParser(__doc__)
-    parser.add_argument("--weights", required=True, help="of a run, or released weights")
+    parser.add_argument("--weights", help="of a run, or released; needless if the config has some")
     parser.add_argument("--output", type=Path, required=True, help="folder for the PNG files")
     parser.add_argument("--input", nargs="+", type=Path, metavar="FILE_OR_FOLDER")
     parser.add_argument("--num-images", type=int, default=12, help="of the test set")
@@ -86,8 +87,11 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--num-images must be positive")
 
     cfg = read_config(args.config_file, args.opts, args.device)
+    if not (args.weights or own_weights(cfg)):
+        parser.error("the following arguments are required: --weights")
     model = build_model(cfg).eval()
-    load_weights(model, args.weights, whole=True)
+    if args.weights:
+        load_weights(model, args.weights, whole=True)
     mapper = build(cfg, "dataloader.test.mapper")
     if args.input:
         dataset_dicts = image_files(args.input)

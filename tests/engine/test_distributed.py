@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dset_d2.engine.ema import ModelEMA
 from dset_d2.engine.hooks import StatisticsHook
 
-from ..conftest import in_two_processes, make_inputs, sparse_model, tiny_model
+from ..conftest import in_two_processes, make_inputs, sparse_model, tiny_grounding, tiny_model
 
 # Without noise denoising is deterministic; its layout depends on the largest box count.
 # Boxes per image on either process.
@@ -24,6 +24,7 @@ PLAIN = dict(num_denoising=12, label_noise_ratio=0.0, box_noise_scale=0.0)
 MODELS = {
     "dense": lambda: tiny_model(**PLAIN),
     "dfine": lambda: tiny_model("configs/dfine/dfine_s_coco.py", **PLAIN),
+    "grounding": lambda: tiny_grounding("mm-grounding-dino"),
     "sparse": lambda: sparse_model(decoder=PLAIN, spatial_prior="flat", diversity_weight=0.1),
 }
 
@@ -122,6 +123,9 @@ def test_two_processes_equal_one(results, one_thread, name, counts):
         assert found["gradients"].keys() == expected.keys()
         for key, value in found["gradients"].items():
             assert (value is None) == (expected[key] is None), key
-            if value is not None:
+            if key.endswith(".key.bias"):
+                # It moves all scores of a query alike: what is there of a gradient is rounding.
+                assert max(value.abs().max(), expected[key].abs().max()) < 1e-7, key
+            elif value is not None:
                 scale = expected[key].abs().max().clamp(min=1e-6)
                 assert (value - expected[key]).abs().max() / scale < 1e-3, key

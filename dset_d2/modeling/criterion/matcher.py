@@ -54,12 +54,20 @@ class HungarianMatcher(nn.Module):
         self.alpha = alpha
         self.gamma = gamma
 
-    def cost(self, logits: Tensor, boxes: Tensor, target: dict[str, Tensor]) -> Tensor:
-        """Costs (N, n) of N predictions against the n boxes of one image."""
+    def focal(self, logits: Tensor) -> Tensor:
+        """What it costs more to take each logit for a hit than for a miss."""
         p = logits.sigmoid()
         negative = (1 - self.alpha) * p**self.gamma * -(1 - p + 1e-8).log()
         positive = self.alpha * (1 - p) ** self.gamma * -(p + 1e-8).log()
-        classes = (positive - negative)[:, target["labels"]]
+        return positive - negative
+
+    def class_cost(self, logits: Tensor, target: dict[str, Tensor]) -> Tensor:
+        """Of the classification: (N, C) logits against the n boxes of one image -> (N, n)."""
+        return self.focal(logits)[:, target["labels"]]
+
+    def cost(self, logits: Tensor, boxes: Tensor, target: dict[str, Tensor]) -> Tensor:
+        """Costs (N, n) of N predictions against the n boxes of one image."""
+        classes = self.class_cost(logits, target)
         l1 = torch.cdist(boxes, target["boxes"], p=1)
         giou = generalized_box_iou(
             box_convert(boxes, "cxcywh", "xyxy"), box_convert(target["boxes"], "cxcywh", "xyxy")
