@@ -1,6 +1,6 @@
 """Sparse mechanisms, each written once and used by every part that can be sparse."""
 
-from .moe import MoE, MoEConfig, MoERecord, moe_layers
+from .moe import MoE, MoEConfig, MoERecord, make_ffn, moe_layers
 from .pruning import (
     MemoryPruner,
     MemoryPruningConfig,
@@ -22,5 +22,6 @@ __all__ = [
     "TokenPruner",
     "ViTPruningConfig",
     "initialize_from_pretrained_ffn",
+    "make_ffn",
     "moe_layers",
 ]
