@@ -176,6 +176,10 @@ def checkpoint_contexts() -> tuple[AbstractContextManager, AbstractContextManage
 # Names of parts, and the knobs that they have.
 
 
+# Grounding DINO's text layers stand in its encoder, beside those of the image.
+PARTS = ("backbone", "encoder", "decoder", "text_enhancer_layer")
+
+
 class Part(nn.Module):
     """A module that leaves records or answers to knobs.
 
@@ -198,7 +202,7 @@ class Part(nn.Module):
 def place_of(path: str) -> str:
     """``encoder.encoder.0.layers.0.ffn`` -> ``encoder_0_0``: the detector's part, then numbers."""
     words = path.split(".")
-    main = [word for word in words if word in ("backbone", "encoder", "decoder")] or words[:1]
+    main = [word for word in words if word in PARTS] or words[:1]
     return "_".join([main[-1], *(word for word in words if word.isdecimal())])
 
 

@@ -9,12 +9,13 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from ..arguments import arguments, naming_keys
+from ..arguments import arguments, build, naming_keys
 from .context import Knobs, forward_context
 from .encoder import Encoded
 from .layers import check_choice
 from .meta_arch import MetaArch
 from .registry import build_criterion, build_decoder, build_encoder
+from .sparse import MoEConfig, SwapConfig, swap_ffns
 from .tokens import Padding
 
 
@@ -44,6 +45,7 @@ class DETRDetector(MetaArch):
         pixel_mean, pixel_std: normalisation of the RGB input; the default is RGB / 255.
         max_detections: detections kept per image.
         multi_scale, multi_scale_end: see :class:`MetaArch`.
+        swap: experts in the place of the dense FFNs, wherever they stand.
     """
 
     @configurable
@@ -59,6 +61,7 @@ class DETRDetector(MetaArch):
         max_detections: int = 300,
         multi_scale: tuple[int, ...] = (),
         multi_scale_end: int = 0,
+        swap: SwapConfig | None = None,
     ) -> None:
         super().__init__(pixel_mean, pixel_std, multi_scale, multi_scale_end)
         for name in encoder.in_features:
@@ -68,6 +71,8 @@ class DETRDetector(MetaArch):
         self.decoder = decoder
         self.criterion = criterion
         self.max_detections = max_detections
+        if swap is not None:
+            swap_ffns(self, swap)
         self.name_parts()
 
     @classmethod
@@ -75,13 +80,18 @@ class DETRDetector(MetaArch):
         keys = cfg.MODEL.BACKBONE.NAME.upper()  # of a backbone of this project
         with naming_keys(cfg, f"MODEL.{keys if keys in cfg.MODEL else 'BACKBONE'}"):
             backbone = build_backbone(cfg)
-        decoder = build_decoder(cfg)
+        decoder, swap = build_decoder(cfg), None
+        if cfg.MODEL.SWAP.MOE.NUM_EXPERTS:
+            moe = build(MoEConfig, cfg, "MODEL.SWAP.MOE")
+            with naming_keys(cfg, "MODEL.SWAP"):
+                swap = SwapConfig(moe, **arguments(SwapConfig, cfg, "MODEL.SWAP"))
         return arguments(cls, cfg, "MODEL") | {
             "backbone": backbone,
             "encoder": build_encoder(cfg, backbone.output_shape()),
             "decoder": decoder,
             "criterion": build_criterion(cfg, decoder),
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "swap": swap,
         }
 
     @property

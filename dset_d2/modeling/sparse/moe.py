@@ -37,9 +37,10 @@ class MoEConfig:
         slots: groups of equally many experts, in their order, of which each gives
             ``top_k / slots`` to a token and has ``1 / slots`` of its gates. ``num_experts`` and
             ``top_k``, the knob as well, are multiples of it. 1 chooses among all experts.
-        combine: of the outputs of a token's experts, "mean" is by gates that sum to 1; in "sum" each
-            counts once, whatever the router thinks of it, so that parts of one FFN add up to it
-            (the output's bias alone is a mean). The router, which then has a bias, learns in both.
+        combine: how the outputs of a token's experts make one: "mean", by gates that sum to 1, or
+            "sum", in which each counts once, whatever the router thinks of it, so that parts of
+            one FFN add up to it (output biases are averaged). The router, which then has a bias,
+            learns in both.
         patch_size: tokens of one square of that many cells per side of the feature map share
             their route, by the mean of their logits; 1 routes every token by itself. Queries
             stand on no map and take 1 only.
@@ -350,6 +351,7 @@ class MoE(Part):
     """
 
     kind = "moe"
+    construction = "auto"  # how it starts from a dense checkpoint if nothing else is said
 
     def __init__(
         self, config: MoEConfig, dim: int, dim_feedforward: int, act: str, dropout: float = 0.0
