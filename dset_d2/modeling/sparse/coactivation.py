@@ -27,7 +27,9 @@ from .upcycling import FFNWeights, split_units, take_units
 TOKENS = 16384  # at most, of each FFN
 CHUNK = 1024  # tokens whose hidden units are held at a time
 BLOCK = 512  # units that change places at a time: the assignment takes the third power of it
+PASSES = 3  # over all blocks, in each round
 ROUNDS = 20
+TRIALS = 8  # for each seed
 RIDGE = 1e-3  # of the inputs' mean variance
 
 
@@ -119,10 +121,11 @@ def balanced_groups(products: Tensor, num_groups: int) -> Tensor:
     distances = squares[:, None] - 2 * products[:, seeds] + squares[seeds]
     last = torch.inf
     for _ in range(ROUNDS):
-        for rows in torch.randperm(count, generator=generator).split(BLOCK):
-            places = owner[rows]
-            _, order = linear_sum_assignment(distances[rows][:, places].numpy())
-            owner[rows] = places[torch.from_numpy(order)]
+        for _ in range(PASSES if count > BLOCK else 1):
+            for rows in torch.randperm(count, generator=generator).split(BLOCK):
+                places = owner[rows]
+                _, order = linear_sum_assignment(distances[rows][:, places].numpy())
+                owner[rows] = places[torch.from_numpy(order)]
         members = F.one_hot(owner, num_groups).to(products) / (count // num_groups)
         means = products @ members
         distances = squares[:, None] - 2 * means + (members * means).sum(0)
@@ -134,13 +137,19 @@ def balanced_groups(products: Tensor, num_groups: int) -> Tensor:
 
 
 def spread_seeds(products: Tensor, count: int, generator: torch.Generator) -> list[int]:
-    """k-means++: vectors drawn by their squared distance from those drawn before."""
+    """Greedy k-means++: of some vectors that are drawn by their squared distance from the seeds
+    before, the one that leaves the least of these distances."""
     squares = products.diagonal()
     seeds = [int(squares.argmax())]
+    nearest = (squares - 2 * products[seeds[0]] + squares[seeds[0]]).clamp(min=0)
     while len(seeds) < count:
-        distances = squares[:, None] - 2 * products[:, seeds] + squares[seeds]
-        nearest = distances.amin(1).clamp(min=0).double() + 1e-30  # equal ones can be drawn, too
-        seeds.append(int(torch.multinomial(nearest, 1, generator=generator)))
+        # Equal vectors can be drawn, too.
+        drawn = torch.multinomial(nearest.double() + 1e-30, min(TRIALS, count), generator=generator)
+        distances = squares - 2 * products[drawn] + squares[drawn, None]  # (trials, n)
+        distances = distances.clamp(min=0).minimum(nearest)
+        best = int(distances.sum(1).argmin())
+        seeds.append(int(drawn[best]))
+        nearest = distances[best]
     return seeds
 
 
@@ -219,12 +228,13 @@ def report_splits(ffn: FFNWeights, act: nn.Module, x: Tensor, num_groups: int) -
     }
     threshold = 0.0
     if not isinstance(act, nn.ReLU):
-        threshold = float(torch.stack([h.abs().sum() for h in hidden_units(ffn, act, x)]).sum())
-        threshold /= len(x) * hidden
-    fired = sum((h.abs() > threshold).sum(0) for h in hidden_units(ffn, act, x))
-    return SplitReport(
-        float((fired > 0).float().mean()), float(fired.sum()) / (len(x) * hidden), errors
-    )
+        sizes = sum(float(h.abs().sum()) for h in hidden_units(ffn, act, x))
+        threshold = sizes / (len(x) * hidden)
+    fired = torch.zeros(hidden, device=x.device)  # tokens, by unit
+    for activations in hidden_units(ffn, act, x):
+        fired += (activations.abs() > threshold).sum(0)
+    firing = float((fired > 0).float().mean())
+    return SplitReport(firing, float(fired.mean()) / len(x), errors)
 
 
 def routed_errors(

@@ -109,6 +109,15 @@ def test_units_that_some_experts_share(x):
     torch.testing.assert_close(moe(x), ffn(x), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("construction", ["auto", "split"])
+def test_a_split_whose_outputs_are_summed_equals_the_dense_ffn_for_any_router(x, construction):
+    ffn = dense()
+    moe = experts_of(ffn, num_experts=4, top_k=2, combine="sum", construction=construction)
+    with forward_context(knobs=Knobs(top_k=4)):
+        torch.testing.assert_close(moe(x), ffn(x), rtol=0, atol=2e-6)
+    assert error(moe(x), ffn(x)) > 0.1
+
+
 # Copies of shards.
 
 # num_experts, top_k and the slots of the slot-wise construction.
@@ -292,6 +301,8 @@ def test_linear_layers_without_biases(x):
             dict(num_experts=10, top_k=5, slots=5, expert_dim=9),
             "48 hidden units cannot be divided by slots=5",
         ),
+        ("copies", dict(expert_dim=48, combine="sum"), "'copies' needs combine='mean'"),
+        ("paper", dict(expert_dim=24, combine="sum"), "'paper' needs combine='mean'"),
         ("clone", dict(expert_dim=48), "upcycling='clone'"),
     ],
 )
