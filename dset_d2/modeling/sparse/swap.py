@@ -95,7 +95,7 @@ class SwappedFFN(MoE):
         begin: int | None = 0,
     ) -> None:
         super().__init__(config, dim, dim_feedforward, act, dropout)
-        self.construction = "split" if method == "coactivation" else method
+        self.construction = method
         self.shards = dim_feedforward // self.experts.w1.shape[1]
         self.begin = begin
         self.dense: dict[str, object] | None = None

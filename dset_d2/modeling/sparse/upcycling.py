@@ -86,7 +86,8 @@ def upcycle(moe: MoE, ffn: FFNWeights, construction: str = "auto") -> dict[str, 
             experts whose outputs are summed it is "split".
 
     Raises:
-        ValueError: if the construction does not fit the experts, or the FFN has other channels.
+        ValueError: if the construction does not fit the experts, or the FFN has other channels; if
+            the experts' own one needs images.
     """
     check_choice("upcycling", construction, CONSTRUCTIONS)
     config = moe.config
@@ -96,6 +97,8 @@ def upcycle(moe: MoE, ffn: FFNWeights, construction: str = "auto") -> dict[str, 
         shapes = f"{tuple(ffn.w1.shape)} and {tuple(ffn.w2.shape)}"
         raise ValueError(f"an FFN of weights {shapes} does not fit experts of {dim} channels")
     names = [moe.construction if construction == "auto" else construction]
+    if names == ["coactivation"]:
+        raise ValueError("what is active together, images tell: swap_ffn_for_moe sees them")
     if names == ["auto"] and config.combine == "sum":
         names = ["split"]
     elif names == ["auto"]:
