@@ -34,16 +34,17 @@ METHODS = ("paper", "slots", "copies", "coactivation")
 class SwapConfig:
     """Experts in the place of a model's FFNs from when it is built on.
 
-    They start from the dense FFNs of a checkpoint (``train.init_checkpoint``) by the method; those
-    of "coactivation" from a checkpoint of a model that :func:`swap_ffn_for_moe` has changed, since
-    they need images.
+    They start by the method from the dense FFNs that a model has loaded itself, or from those of a
+    checkpoint (``train.init_checkpoint``). Those of "coactivation" need images: they start from a
+    checkpoint of a model that :func:`swap_ffn_for_moe` has changed.
 
     Before its turn a layer runs as the dense FFN that its experts are parts or copies of, at that
     FFN's cost: copies count by their mean and get equal gradients, so that they stay equal and are
     trained as the dense FFN would be; the router is dormant (:mod:`dset_d2.modeling.freezing`) and
-    leaves no record. At its turn nothing is copied, and in the first three methods no output
-    changes. Parameters are the same at every step, as optimizers, DDP, averaged weights and resumed
-    runs need it.
+    leaves no record. (What a step does to the second layer is ``1 / top_k`` as much in "paper" and
+    "slots", whose copies of it are that much larger.) At its turn nothing is copied, and in the
+    first three methods no output changes. Parameters are the same at every step, as optimizers,
+    DDP, averaged weights and resumed runs need it.
 
     Args:
         moe: the experts; see :func:`swap_ffn_for_moe`.
@@ -145,10 +146,13 @@ class SwappedFFN(MoE):
         return super().active_parameters()
 
     def _apply(self, fn, recurse: bool = True) -> "SwappedFFN":
-        for kept in (self.dense or {}).values():
-            if isinstance(kept, nn.Module):
-                kept._apply(fn, recurse)
+        for kept in modules_of(self.dense):
+            kept._apply(fn, recurse)
         return super()._apply(fn, recurse)
+
+
+def modules_of(attributes: dict[str, object] | None) -> list[nn.Module]:
+    return [value for value in (attributes or {}).values() if isinstance(value, nn.Module)]
 
 
 def swap_ffn_for_moe(
@@ -213,7 +217,9 @@ def swap_ffn_for_moe(
 
 
 def swap_ffns(model: nn.Module, config: SwapConfig) -> None:
-    """Build a model's FFNs as experts, which a checkpoint is to fill, in place.
+    """Build a model's FFNs as experts, in place.
+
+    Units that shall be active together are dealt out in their order until a checkpoint is loaded.
 
     Raises:
         ValueError: if a pattern finds no FFN, or the settings do not fit one.
@@ -222,6 +228,8 @@ def swap_ffns(model: nn.Module, config: SwapConfig) -> None:
     dense = matching(seams, config.keep_dense, "keep_dense")
     made = make_experts(seams, config.moe, config.method)
     for index, (name, moe) in enumerate(made.items()):
+        start = "split" if config.method == "coactivation" else config.method
+        initialize_from_pretrained_ffn(moe, seams[name].linear1, seams[name].linear2, start)
         moe.begin = None if name in dense else config.start_step + index * config.every
     place(model, seams, made, keep=False)
 
@@ -250,6 +258,8 @@ def restore_ffn(model: nn.Module) -> list[str]:
             "model is built dense"
         )
     for _, block, moe in found:
+        for kept in modules_of(moe.dense):
+            kept.train(moe.training)
         put(block, moe.dense)
     name_anew(model)
     return [name for name, _, _ in found]

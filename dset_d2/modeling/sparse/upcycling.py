@@ -139,17 +139,17 @@ def expert_width(construction: str, config: MoEConfig, hidden: int) -> int:
     if construction == "split":
         return replace(config, expert_dim=None).width(hidden)
     if config.combine == "sum":
-        raise ValueError(f"upcycling={construction!r} needs combine='mean': copies are no parts")
+        raise ValueError(f"construction {construction!r} needs combine='mean': copies are no parts")
     if construction == "copies":
         return hidden
     if construction == "slots" and config.slots == 1:
-        raise ValueError("upcycling='slots' needs slots above 1, not slots=1")
+        raise ValueError("construction 'slots' needs slots above 1, not slots=1")
     if construction == "paper":
         if config.slots > 1:
-            raise ValueError(f"upcycling='paper' needs slots=1, not slots={config.slots}")
+            raise ValueError(f"construction 'paper' needs slots=1, not slots={config.slots}")
         if config.num_experts % config.top_k:
             raise ValueError(
-                f"upcycling='paper' needs num_experts={config.num_experts} to be a multiple of "
+                f"construction 'paper' needs num_experts={config.num_experts} to be a multiple of "
                 f"top_k={config.top_k}"
             )
     setting = {"paper": "top_k", "slots": "slots"}[construction]

@@ -298,6 +298,18 @@ def test_norm_and_dropout_stay():
     assert (layer.activation_dropout, layer.dropout) == (0.2, 0.1)
 
 
+def test_dense_ffns_return_in_the_mode_of_the_model():
+    model = tiny_model().train()
+    model.decoder.decoder.layers[0].ffn.dropout.p = 0.5
+    expected = observe(copy.deepcopy(model).eval())
+    swap_ffn_for_moe(model, MoEConfig(8, 2))
+    assert all(moe.training for moe in experts(model))
+    model.eval()
+    assert_close(observe(model), expected)
+    restore_ffn(model)
+    assert_equal(observe(model), expected)
+
+
 def test_frozen_ffns_have_frozen_experts():
     model = tiny_model()
     model.encoder.requires_grad_(False)
@@ -732,6 +744,25 @@ def test_units_of_a_waiting_split_are_the_whole_ffn():
         assert_close((moe(x),), (ffn(x),), 1e-6)
     with forward_context(step=3):
         assert (moe(x) - ffn(x)).abs().max() > 1e-2
+
+
+def test_a_block_that_thaws_later_holds_its_router():
+    """Whatever comes last, the block's turn to be trained or its experts' turn to route."""
+    model = tiny_dinov3(freeze={"unfreeze_step": 1, "unfreeze_blocks": 3, "unfreeze_every": 1})
+    layers = [f"backbone.dinov3.blocks.{i}" for i in (5, 3, 4)]
+    swap_ffns(model, SwapConfig(MoEConfig(4), "slots", layers, start_step=0, every=2))
+    found = {int(name.split(".")[3]): moe for name, moe in named_experts(model).items()}
+    starts = {5: max(1, 0), 3: max(3, 2), 4: max(2, 4)}
+    state = {index: moe.router.weight.detach().clone() for index, moe in found.items()}
+    moved = []
+
+    def watch() -> None:
+        moved.append(
+            {i for i, moe in found.items() if not torch.equal(moe.router.weight, state[i])}
+        )
+
+    train(model, optimizer_of(model), 0, 5, watch)
+    assert moved == [{i for i, start in starts.items() if step >= start} for step in range(5)]
 
 
 def worker(rank: int, folder: str) -> None:
