@@ -141,8 +141,9 @@ class SwappedFFN(MoE):
     def active_parameters(self) -> int:
         """Parameters that one token uses, or all of the dense FFN's."""
         if self.waits():
-            experts = sum(p.numel() for p in self.experts.parameters())
-            return experts * self.shards // self.config.num_experts
+            _, width, dim = self.experts.w1.shape
+            hidden = self.shards * width
+            return 2 * hidden * dim + hidden + dim
         return super().active_parameters()
 
     def _apply(self, fn, recurse: bool = True) -> "SwappedFFN":
@@ -178,12 +179,12 @@ def swap_ffn_for_moe(
     ==============  ===============================================  ==========================
 
     The block around the FFN, its norm and dropout stay as they are, and so does the layout of its
-    tokens, (B, L, C) or (L, B, C). The dense FFNs are kept aside for :func:`restore_ffn`, with
-    which the model is saved and loaded only as a whole. Checkpoints hold the experts: they are
-    loaded into a model that was changed in the same way. Optimizers must be built behind this.
+    tokens, (B, L, C) or (L, B, C). The dense FFNs are kept aside for :func:`restore_ffn`, and are in
+    no state dict. Checkpoints hold the experts: they are loaded into a model that was changed in
+    the same way. Optimizers are to be built afterwards.
 
-    Experts of a frozen FFN are frozen. Of "coactivation" the balance loss asks for what the split
-    avoids, groups that are used equally much: it wants ``balance_weight=0``.
+    Experts of a frozen FFN are frozen. With "coactivation" the balance loss works against the split,
+    some of whose groups are hardly ever needed: it wants ``balance_weight=0``.
 
     Args:
         model: a whole model, not a part or wrapper: names of records and knobs are given anew.
@@ -250,12 +251,11 @@ def restore_ffn(model: nn.Module) -> list[str]:
         for child in block.children()
         if isinstance(child, SwappedFFN)
     ]
-    built = [name for name, _, moe in found if moe.dense is None]
-    if built or not found:
-        which = f"{', '.join(built)} were built with" if built else "the model has no"
+    if not found:
+        raise ValueError("the model has no experts that swap_ffn_for_moe has put in")
+    if built := [name for name, _, moe in found if moe.dense is None]:
         raise ValueError(
-            f"{which} experts that swap_ffn_for_moe has put in; without `swap` in its config a "
-            "model is built dense"
+            f"{', '.join(built)} were built with experts: `swap=None` in the config builds dense ones"
         )
     for _, block, moe in found:
         for kept in modules_of(moe.dense):

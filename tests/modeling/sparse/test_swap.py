@@ -721,6 +721,15 @@ def test_experts_that_a_model_was_built_with_have_no_dense_ffn():
         restore_ffn(model)
 
 
+@pytest.mark.parametrize("method", EXACT)
+def test_a_waiting_layer_has_the_parameters_of_a_dense_one(dense, method):
+    found = named_experts(build(method, start_step=9))
+    with forward_context(step=1):
+        active = {name: moe.active_parameters() for name, moe in found.items()}
+    for name, count in active.items():
+        assert count == sum(p.numel() for p in dense[0].get_submodule(name).parameters())
+
+
 def test_a_waiting_layer_costs_what_a_dense_one_does(dense):
     model = build("copies", start_step=9).eval()
     name = "decoder.decoder.layers.0.ffn"
