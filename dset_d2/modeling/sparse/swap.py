@@ -179,12 +179,12 @@ def swap_ffn_for_moe(
     ==============  ===============================================  ==========================
 
     The block around the FFN, its norm and dropout stay as they are, and so does the layout of its
-    tokens, (B, L, C) or (L, B, C). The dense FFNs are kept aside for :func:`restore_ffn`, and are in
-    no state dict. Checkpoints hold the experts: they are loaded into a model that was changed in
-    the same way. Optimizers are to be built afterwards.
+    tokens, (B, L, C) or (L, B, C). The dense FFNs are kept aside for :func:`restore_ffn`, and are
+    in no state dict. Checkpoints hold the experts: they are loaded into a model that was changed
+    in the same way. Optimizers are to be built afterwards.
 
-    Experts of a frozen FFN are frozen. With "coactivation" the balance loss works against the split,
-    some of whose groups are hardly ever needed: it wants ``balance_weight=0``.
+    Experts of a frozen FFN are frozen. With "coactivation" the balance loss works against the
+    split, some of whose groups are hardly ever needed: it wants ``balance_weight=0``.
 
     Args:
         model: a whole model, not a part or wrapper: names of records and knobs are given anew.
@@ -255,7 +255,7 @@ def restore_ffn(model: nn.Module) -> list[str]:
         raise ValueError("the model has no experts that swap_ffn_for_moe has put in")
     if built := [name for name, _, moe in found if moe.dense is None]:
         raise ValueError(
-            f"{', '.join(built)} were built with experts: `swap=None` in the config builds dense ones"
+            f"{', '.join(built)} were built with experts; a config without `swap` builds dense FFNs"
         )
     for _, block, moe in found:
         for kept in modules_of(moe.dense):
