@@ -26,7 +26,7 @@ from .modeling import (
     TokenMatcher,
     WindowConfig,
 )
-from .modeling.sparse import MemoryPruningConfig, MoEConfig, PruningConfig
+from .modeling.sparse import MemoryPruningConfig, MoEConfig, PruningConfig, SwapConfig
 
 
 def add_detr_config(cfg: CfgNode) -> None:
@@ -38,6 +38,8 @@ def add_detr_config(cfg: CfgNode) -> None:
     ============================  ===============================================================
     ``MODEL``                     ``PIXEL_MEAN``, ``PIXEL_STD``, ``MULTI_SCALE``,
                                   ``MULTI_SCALE_END`` of :class:`DETRDetector`
+    ``MODEL.SWAP``                :class:`~dset_d2.modeling.sparse.SwapConfig`, none if
+                                  ``NUM_EXPERTS`` of its ``MOE`` is 0
     ``MODEL.PRESNET``             :class:`PResNet`
     ``MODEL.HGNETV2``             :class:`HGNetv2`
     ``MODEL.DINOV3``              :class:`DINOv3`; ``VIT`` takes timm's arguments as they are
@@ -86,7 +88,8 @@ def add_detr_config(cfg: CfgNode) -> None:
     cfg.TEST.DETECTIONS_PER_IMAGE = 300
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
-    cfg.MODEL.update(keys_of(DETRDetector, without=("max_detections",)))
+    cfg.MODEL.update(keys_of(DETRDetector, without=("max_detections", "swap")))
+    cfg.MODEL.SWAP = keys_of(SwapConfig, MOE=keys_of(MoEConfig, NUM_EXPERTS=0))
     add_backbones(cfg.MODEL)
     cfg.MODEL.ENCODER = keys_of(
         HybridEncoder,

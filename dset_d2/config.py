@@ -121,7 +121,8 @@ def apply_overrides(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 def add_groups(cfg: DictConfig, key: str) -> list[str]:
     """Put the groups of settings that a dotted key lies in, and that are off, into the config.
 
-    Such a group is a dataclass which the ``_target_`` that it is for takes, or None in its place.
+    Such a group is a dataclass which the ``_target_`` that it is for takes, alone or where None is
+    allowed, too.
 
     Returns:
         Their dotted names.
@@ -133,8 +134,8 @@ def add_groups(cfg: DictConfig, key: str) -> list[str]:
             break
         if node.get(name) is None:
             parameter = parameters_of(node.get("_target_")).get(name)
-            kinds = get_args(parameter.annotation) if parameter else ()
-            settings = next(filter(is_dataclass, kinds), None)
+            kind = parameter.annotation if parameter else None
+            settings = next(filter(is_dataclass, get_args(kind) or [kind]), None)
             if settings is None:
                 break
             node[name] = LazyCall(settings)()

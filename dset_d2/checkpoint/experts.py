@@ -1,7 +1,7 @@
 """Experts of a model that start from the dense FFNs of a checkpoint."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from torch import Tensor, nn
 
@@ -11,8 +11,13 @@ from ..modeling.sparse.upcycling import CONSTRUCTIONS, FFNWeights, upcycle
 
 logger = logging.getLogger(__name__)
 
-# The two layers of a dense FFN: ours, and those of timm's ViTs.
-LAYERS = (("linear1", "linear2"), ("fc1", "fc2"))
+
+def layers_of(place: str) -> Iterator[tuple[str, str]]:
+    """Names that the two layers of a dense FFN may have whose place experts take."""
+    yield f"{place}.linear1", f"{place}.linear2"
+    yield f"{place}.fc1", f"{place}.fc2"  # of timm's ViTs
+    if place.rpartition(".")[2] == "fc1":  # of transformers' layers
+        yield place, f"{place[:-1]}2"
 
 
 def check_upcycling(value: str) -> None:
@@ -64,8 +69,8 @@ def dense_ffns(model: nn.Module, state: dict[str, Tensor]) -> dict[str, list[str
     for place, moe in model.named_modules():
         if not isinstance(moe, MoE):
             continue
-        for layers in LAYERS:
-            keys = [f"{place}.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+        for layers in layers_of(place):
+            keys = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
             if not state.keys() >= set(keys):
                 continue
             if state[keys[0]].shape[1:] == moe.experts.w1.shape[2:]:

@@ -176,6 +176,11 @@ def checkpoint_contexts() -> tuple[AbstractContextManager, AbstractContextManage
 # Names of parts, and the knobs that they have.
 
 
+# The first of these that a path has. A backbone may have an encoder; Grounding DINO's has text
+# layers beside those of the image.
+PARTS = ("text_enhancer_layer", "backbone", "encoder", "decoder")
+
+
 class Part(nn.Module):
     """A module that leaves records or answers to knobs.
 
@@ -198,8 +203,8 @@ class Part(nn.Module):
 def place_of(path: str) -> str:
     """``encoder.encoder.0.layers.0.ffn`` -> ``encoder_0_0``: the detector's part, then numbers."""
     words = path.split(".")
-    main = [word for word in words if word in ("backbone", "encoder", "decoder")] or words[:1]
-    return "_".join([main[-1], *(word for word in words if word.isdecimal())])
+    main = next((part for part in PARTS if part in words), words[0])
+    return "_".join([main, *(word for word in words if word.isdecimal())])
 
 
 def name_parts(model: nn.Module) -> dict[str, float]:

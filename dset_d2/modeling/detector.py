@@ -6,12 +6,13 @@ from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from torch import Tensor, nn
 
-from ..arguments import arguments, naming_keys
+from ..arguments import arguments, build, naming_keys
 from .context import Knobs, forward_context
 from .encoder import Encoded
 from .layers import check_choice
 from .meta_arch import MetaArch
 from .registry import build_criterion, build_decoder, build_encoder
+from .sparse import MoEConfig, SwapConfig, swap_ffns
 from .tokens import Padding
 
 
@@ -26,6 +27,7 @@ class DETRDetector(MetaArch):
         criterion: predictions and targets -> losses.
         pixel_mean, pixel_std: normalisation of the RGB input; the default is RGB / 255.
         max_detections, multi_scale, multi_scale_end: see :class:`MetaArch`.
+        swap: experts in the place of the dense FFNs, wherever they stand.
     """
 
     @configurable
@@ -41,6 +43,7 @@ class DETRDetector(MetaArch):
         max_detections: int = 300,
         multi_scale: tuple[int, ...] = (),
         multi_scale_end: int = 0,
+        swap: SwapConfig | None = None,
     ) -> None:
         super().__init__(pixel_mean, pixel_std, max_detections, multi_scale, multi_scale_end)
         for name in encoder.in_features:
@@ -49,6 +52,8 @@ class DETRDetector(MetaArch):
         self.encoder = encoder
         self.decoder = decoder
         self.criterion = criterion
+        if swap is not None:
+            swap_ffns(self, swap)
         self.name_parts()
 
     @classmethod
@@ -56,13 +61,18 @@ class DETRDetector(MetaArch):
         keys = cfg.MODEL.BACKBONE.NAME.upper()  # of a backbone of this project
         with naming_keys(cfg, f"MODEL.{keys if keys in cfg.MODEL else 'BACKBONE'}"):
             backbone = build_backbone(cfg)
-        decoder = build_decoder(cfg)
+        decoder, swap = build_decoder(cfg), None
+        if cfg.MODEL.SWAP.MOE.NUM_EXPERTS:
+            moe = build(MoEConfig, cfg, "MODEL.SWAP.MOE")
+            with naming_keys(cfg, "MODEL.SWAP"):
+                swap = SwapConfig(moe, **arguments(SwapConfig, cfg, "MODEL.SWAP"))
         return arguments(cls, cfg, "MODEL") | {
             "backbone": backbone,
             "encoder": build_encoder(cfg, backbone.output_shape()),
             "decoder": decoder,
             "criterion": build_criterion(cfg, decoder),
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "swap": swap,
         }
 
     @property

@@ -6,7 +6,6 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from .layers import activation
-from .sparse.moe import MoE, MoEConfig
 
 
 class FFN(nn.Module):
@@ -23,15 +22,6 @@ class FFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear2(self.dropout(self.activation(self.linear1(x))))
-
-
-def make_ffn(
-    dim: int, dim_feedforward: int, act: str, dropout: float, moe: MoEConfig | None
-) -> nn.Module:
-    """A layer's FFN: dense, or experts in its place."""
-    if moe is None:
-        return FFN(dim, dim_feedforward, act, dropout)
-    return MoE(moe, dim, dim_feedforward, act, dropout)
 
 
 class Seam(NamedTuple):
@@ -63,10 +53,15 @@ class Seam(NamedTuple):
 
     def put(self, attributes: dict[str, object]) -> dict[str, object]:
         """Set attributes of the block; returns those that stood there, to be put back."""
-        before = {name: getattr(self.block, name) for name in attributes}
-        for name, value in attributes.items():
-            setattr(self.block, name, value)
-        return before
+        return put(self.block, attributes)
+
+
+def put(block: nn.Module, attributes: dict[str, object]) -> dict[str, object]:
+    """Set attributes of a block; returns those that stood there."""
+    before = {name: getattr(block, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(block, name, value)
+    return before
 
 
 def find_ffns(model: nn.Module) -> dict[str, Seam]:

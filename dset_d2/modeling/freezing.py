@@ -6,6 +6,9 @@ gradient flows to it, DDP gets zeros in its place, and the optimizer drops those
 step (:func:`dset_d2.engine.optimizer.build_adamw`), as it does those that come where low-rank
 updates in front are trained. AdamW passes over a parameter without a
 gradient, whereas one of zeros would decay its weight and age its moments.
+
+Two marks on a parameter make it dormant: ``dormant``, which :class:`Phases` sets, and ``waiting``,
+which routers of layers set that do not route yet (:mod:`dset_d2.modeling.sparse.swap`).
 """
 
 from collections.abc import Iterable
@@ -110,7 +113,7 @@ def begun(start: int, step: int | None) -> bool:
 
 
 def is_dormant(parameter: nn.Parameter) -> bool:
-    return getattr(parameter, "dormant", False)
+    return getattr(parameter, "dormant", False) or getattr(parameter, "waiting", False)
 
 
 def drop_dormant_gradients(parameters: Iterable[nn.Parameter]) -> None:

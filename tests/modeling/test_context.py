@@ -243,6 +243,9 @@ def test_places():
     # Two that a shorter name would confuse.
     assert place_of("model.model.encoder.layers.0.fc1") == "encoder_0"
     assert place_of("model.model.decoder.layers.0.fc1") == "decoder_0"
+    assert place_of("model.encoder.layers.0.deformable_layer.fc1") == "encoder_0"
+    assert place_of("model.encoder.layers.0.text_enhancer_layer.fc1") == "text_enhancer_layer_0"
+    assert place_of("model.backbone.model.encoder.layers.1.blocks.0.mlp") == "backbone_1_0"
 
 
 def test_names_that_coincide_are_an_error():

@@ -21,6 +21,7 @@ TOOLS = {
     "benchmark": [],
     "convert_checkpoint": ["--weights", "missing.pth", "--output", "out"],
     "lazyconfig_train_net": ["--eval-only"],
+    "swap_ffn": ["--weights", "missing.pth", "--output", "out"],
     "visualize": ["--weights", "missing.pth", "--output", "out"],
 }
 # What the message names, by what a config's file holds, or by an override.

@@ -13,7 +13,14 @@ from dset_d2.config import apply_overrides
 from dset_d2.data import dair_v2x
 from dset_d2.data.coco import to_coco
 from dset_d2.synthetic import write_dataset
-from dset_d2.tools import analyze, benchmark, convert_checkpoint, dair_v2x_to_coco, visualize
+from dset_d2.tools import (
+    analyze,
+    benchmark,
+    convert_checkpoint,
+    dair_v2x_to_coco,
+    swap_ffn,
+    visualize,
+)
 
 from ..conftest import NARROW
 
@@ -31,6 +38,10 @@ COMMANDS = {
     convert_checkpoint: (
         ["--config-file", "config.py", "--weights", "weights.pth"],
         ["config.py", "weights.pth"],
+    ),
+    swap_ffn: (
+        ["--config-file", "config.py", "--weights", "weights.pth", "--input", "photos"],
+        ["config.py", "weights.pth", "photos/mine.png"],
     ),
     dair_v2x_to_coco: (SPLIT, ["split.json", "side/data_info.json", "side/label/camera/1.json"]),
 }

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from ...arguments import arguments, build
 from ..context import Part, current
 from ..encoder import Encoded
-from ..ffn import make_ffn
 from ..layers import MLP, check_choice, projection
-from ..sparse import MemoryPruner, MemoryPruningConfig, MoEConfig, moe_layers
+from ..sparse import MemoryPruner, MemoryPruningConfig, MoEConfig, make_ffn, moe_layers
 from ..tokens import as_tokens, gather_tokens, prune
 from .deformable_attention import Memory, MSDeformableAttention
 from .denoising import Denoising, make_denoising

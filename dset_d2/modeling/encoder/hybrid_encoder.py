@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from ...arguments import arguments, build
 from ..context import forward_context
-from ..ffn import make_ffn
 from ..layers import ConvNorm, check_choice, constant, projection
 from ..registry import ENCODER_REGISTRY
-from ..sparse import MoEConfig, PruningConfig, TokenPruner, moe_layers
+from ..sparse import MoEConfig, PruningConfig, TokenPruner, make_ffn, moe_layers
 from ..tokens import Padding, TokenMap, as_tokens, prune, restore
 from .base import Encoded
 from .fusion_blocks import CSPRepLayer, RepNCSPELAN4, SCDown

@@ -1,6 +1,6 @@
 """Sparse mechanisms, each written once and used by every part that can be sparse."""
 
-from .moe import MoE, MoEConfig, MoERecord, moe_layers
+from .moe import MoE, MoEConfig, MoERecord, make_ffn, moe_layers
 from .pruning import (
     MemoryPruner,
     MemoryPruningConfig,
@@ -9,6 +9,7 @@ from .pruning import (
     TokenPruner,
     ViTPruningConfig,
 )
+from .swap import SwapConfig, report_coactivation, restore_ffn, swap_ffn_for_moe, swap_ffns
 from .upcycling import initialize_from_pretrained_ffn
 
 __all__ = [
@@ -19,8 +20,14 @@ __all__ = [
     "MoERecord",
     "PruningConfig",
     "PruningRecord",
+    "SwapConfig",
     "TokenPruner",
     "ViTPruningConfig",
     "initialize_from_pretrained_ffn",
+    "make_ffn",
     "moe_layers",
+    "report_coactivation",
+    "restore_ffn",
+    "swap_ffn_for_moe",
+    "swap_ffns",
 ]

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from ...clock import check_ramp, ramp
 from ..context import Part, current
+from ..ffn import FFN
 from ..layers import ACTIVATIONS, activation, check_choice
 from ..tokens import Regions, TokenMap
 
 DISPATCHES = ("auto", "sorted", "grouped_mm", "dense")
+COMBINATIONS = ("mean", "sum")
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,17 @@ class MoEConfig:
         slots: groups of equally many experts, in their order, of which each gives
             ``top_k / slots`` to a token and has ``1 / slots`` of its gates. ``num_experts`` and
             ``top_k``, the knob as well, are multiples of it. 1 chooses among all experts.
+        combine: how the outputs of a token's experts make one: "mean", by gates that sum to 1, or
+            "sum", in which each counts once, whatever the router thinks of it, so that parts of
+            one FFN add up to it (output biases are averaged). The router, which then has a bias,
+            learns in both.
         patch_size: tokens of one square of that many cells per side of the feature map share
             their route, by the mean of their logits; 1 routes every token by itself. Queries
             stand on no map and take 1 only.
         act: activation of the experts, "relu", "gelu" or "silu"; None is that of the FFN that
             they replace.
         balance_weight: weight of the balance loss; where a token uses one expert (of each slot)
-            it is at least 0.1.
+            it is at least 0.1, unless outputs are summed.
         balance_reduction: of the balance losses of a stack's layers, "sum" or "mean".
         z_loss_weight: weight of the router z-loss.
         dispatch: "sorted" (one GEMM per expert), "grouped_mm" (one grouped GEMM), "dense" (all
@@ -55,6 +61,7 @@ class MoEConfig:
     top_k: int = 2
     expert_dim: int | None = None
     slots: int = 1
+    combine: str = "mean"
     patch_size: int = 1
     act: str | None = None
     balance_weight: float = 0.03
@@ -77,6 +84,9 @@ class MoEConfig:
             raise ValueError(f"slots={self.slots} must be at least 1")
         check_multiple("num_experts", self.num_experts, self.slots)
         check_multiple("top_k", self.top_k, self.slots)
+        check_choice("combine", self.combine, COMBINATIONS)
+        if self.combine == "sum" and self.slots > 1:
+            raise ValueError(f"combine='sum' needs slots=1, not slots={self.slots}")
         if self.patch_size < 1:
             raise ValueError(f"patch_size={self.patch_size} must be at least 1")
         if self.act is not None:
@@ -131,11 +141,13 @@ class Routing(NamedTuple):
 
     logits: Tensor  # (T, E) fp32, before the temperature; means where tokens share their route
     probabilities: Tensor  # (T, E) fp32, summing to 1 / slots in every slot
-    gates: Tensor  # (T, k) fp32, summing to 1
+    gates: Tensor  # (T, k) fp32, summing to 1, or each of 1 where outputs are summed
     experts: Tensor  # (T, k)
 
 
-def route(logits: Tensor, top_k: int, slots: int = 1, temperature: float = 1.0) -> Routing:
+def route(
+    logits: Tensor, top_k: int, slots: int = 1, temperature: float = 1.0, combine: str = "mean"
+) -> Routing:
     """Softmax, top-k and gates, in every slot by itself.
 
     A softmax over all experts would have the same gates until all probabilities of a slot
@@ -146,7 +158,10 @@ def route(logits: Tensor, top_k: int, slots: int = 1, temperature: float = 1.0) 
     probabilities = scaled.softmax(-1)  # (T, slots, E / slots)
     experts = largest(probabilities, top_k // slots)
     gates = probabilities.gather(-1, experts)
-    if top_k == slots:
+    if combine == "sum":
+        gates = scaled.log_softmax(-1).gather(-1, experts)
+        gates = (gates - gates.detach()).exp()  # as below, also for probabilities that underflow
+    elif top_k == slots:
         gates = gates / gates.detach()  # 1, and still a gradient for the router
     else:
         gates = gates / gates.sum(-1, keepdim=True)
@@ -175,33 +190,44 @@ def largest(probabilities: Tensor, k: int) -> Tensor:
 
 
 class Router(nn.Module):
-    """Linear router in fp32; softmax, top-k, gates renormalised to sum to 1 (:func:`route`)."""
+    """Linear router in fp32; softmax, top-k, gates (:func:`route`)."""
 
-    def __init__(self, dim: int, num_experts: int, slots: int = 1) -> None:
+    def __init__(self, dim: int, num_experts: int, slots: int = 1, combine: str = "mean") -> None:
         super().__init__()
         self.slots = slots
+        self.combine = combine
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         nn.init.normal_(self.weight, std=0.02)
+        bias = nn.Parameter(torch.zeros(num_experts)) if combine == "sum" else None
+        self.register_parameter("bias", bias)
 
     def forward(
         self, x: Tensor, top_k: int, temperature: float = 1.0, regions: Regions | None = None
     ) -> Routing:
         """(T, dim) -> :class:`Routing`, one for all tokens of a region."""
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.weight.float())
+            bias = None if self.bias is None else self.bias.float()
+            logits = F.linear(x.float(), self.weight.float(), bias)
             if regions is not None:
                 logits = regions.mean(logits)
-            return route(logits, top_k, self.slots, temperature)
+            return route(logits, top_k, self.slots, temperature, self.combine)
 
 
 class GroupedExperts(nn.Module):
     """The weights of E two-layer FFNs, and three ways to run tokens through their experts."""
 
     def __init__(
-        self, dim: int, expert_dim: int, num_experts: int, act: str, dropout: float
+        self,
+        dim: int,
+        expert_dim: int,
+        num_experts: int,
+        act: str,
+        dropout: float,
+        combine: str = "mean",
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
+        self.combine = combine
         self.w1 = nn.Parameter(torch.empty(num_experts, expert_dim, dim))
         self.b1 = nn.Parameter(torch.zeros(num_experts, expert_dim))
         self.w2 = nn.Parameter(torch.empty(num_experts, dim, expert_dim))
@@ -235,12 +261,16 @@ class GroupedExperts(nn.Module):
     def activate(self, hidden: Tensor) -> Tensor:
         return self.dropout(self.act(hidden))
 
+    def output_biases(self, experts: Tensor) -> Tensor:
+        """(E, dim): what of its output bias each expert adds, for a choice (T, k) of experts."""
+        return self.b2 / experts.shape[1] if self.combine == "sum" else self.b2
+
     def run_sorted(self, rows: Tensor, experts: Tensor) -> Tensor:
         """One GEMM pair per expert over its segment of rows, whose lengths the host must know."""
-        outputs = []
+        outputs, b2 = [], self.output_biases(experts)
         for expert, segment in enumerate(rows.split(self.counts(experts).tolist())):
             hidden = self.activate(F.linear(segment, self.w1[expert], self.b1[expert]))
-            outputs.append(F.linear(hidden, self.w2[expert], self.b2[expert]))
+            outputs.append(F.linear(hidden, self.w2[expert], b2[expert]))
         return torch.cat(outputs)
 
     def run_grouped(self, rows: Tensor, experts: Tensor, order: Tensor) -> Tensor:
@@ -250,7 +280,8 @@ class GroupedExperts(nn.Module):
         dtype = rows.dtype
         if torch.is_autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
-        w1, b1, w2, b2 = (p.to(dtype) for p in (self.w1, self.b1, self.w2, self.b2))
+        parameters = (self.w1, self.b1, self.w2, self.output_biases(experts))
+        w1, b1, w2, b2 = (p.to(dtype) for p in parameters)
         hidden = F.grouped_mm(rows.to(dtype), w1.transpose(1, 2), offs=ends) + b1[owner]
         return F.grouped_mm(self.activate(hidden), w2.transpose(1, 2), offs=ends) + b2[owner]
 
@@ -261,7 +292,8 @@ class GroupedExperts(nn.Module):
         hidden = self.activate(F.linear(x, self.w1.flatten(0, 1), self.b1.flatten()))
         hidden = hidden.unflatten(1, (self.num_experts, -1)) * weight[..., None]
         w2 = self.w2.permute(1, 0, 2).flatten(1)  # (dim, E * expert_dim)
-        return F.linear(hidden.flatten(1), w2) + weight.to(hidden.dtype) @ self.b2.to(hidden.dtype)
+        b2 = self.output_biases(experts).to(hidden.dtype)
+        return F.linear(hidden.flatten(1), w2) + weight.to(hidden.dtype) @ b2
 
 
 def choose_dispatch(x: Tensor, width: int) -> str:
@@ -294,7 +326,7 @@ class MoERecord(NamedTuple):
         """Weighted balance and z-losses."""
         config = self.config
         weight = config.balance_weight
-        if config.top_k == config.slots:
+        if config.top_k == config.slots and config.combine == "mean":
             weight = max(weight, 0.1)
         if config.balance_reduction == "mean" and config.layers:
             weight = weight / len(config.layers)
@@ -319,16 +351,18 @@ class MoE(Part):
     """
 
     kind = "moe"
+    construction = "auto"  # how it starts from a dense checkpoint if nothing else is said
 
     def __init__(
         self, config: MoEConfig, dim: int, dim_feedforward: int, act: str, dropout: float = 0.0
     ) -> None:
         super().__init__()
         self.config = config
-        self.router = Router(dim, config.num_experts, config.slots)
+        self.router = Router(dim, config.num_experts, config.slots, config.combine)
         width = config.width(dim_feedforward)
-        act = config.act or act
-        self.experts = GroupedExperts(dim, width, config.num_experts, act, dropout)
+        self.experts = GroupedExperts(
+            dim, width, config.num_experts, config.act or act, dropout, config.combine
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., dim).
@@ -372,8 +406,19 @@ class MoE(Part):
 
     def active_parameters(self) -> int:
         """Parameters that one token uses: the router and ``top_k`` experts."""
-        experts = sum(p.numel() for p in self.experts.parameters())
-        return self.router.weight.numel() + experts * self.top_k() // self.config.num_experts
+        router, experts = (
+            sum(p.numel() for p in part.parameters()) for part in (self.router, self.experts)
+        )
+        return router + experts * self.top_k() // self.config.num_experts
+
+
+def make_ffn(
+    dim: int, dim_feedforward: int, act: str, dropout: float, moe: MoEConfig | None
+) -> nn.Module:
+    """A layer's FFN: dense, or experts in its place."""
+    if moe is None:
+        return FFN(dim, dim_feedforward, act, dropout)
+    return MoE(moe, dim, dim_feedforward, act, dropout)
 
 
 def chosen(routing: Routing) -> Tensor:

@@ -40,13 +40,18 @@ def initialize_from_pretrained_ffn(
     Raises:
         ValueError: if the construction, or the FFN, does not fit the experts.
     """
+    with torch.no_grad():
+        state = upcycle(moe, ffn_weights(linear1, linear2), construction)
+        moe.load_state_dict(state, strict=False)
+
+
+def ffn_weights(linear1: nn.Linear, linear2: nn.Linear) -> FFNWeights:
+    """The weights of two linear layers; biases that they lack are 0."""
     b1, b2 = (
         linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
         for linear in (linear1, linear2)
     )
-    with torch.no_grad():
-        ffn = FFNWeights(linear1.weight, b1, linear2.weight, b2)
-        moe.load_state_dict(upcycle(moe, ffn, construction), strict=False)
+    return FFNWeights(linear1.weight, b1, linear2.weight, b2)
 
 
 def upcycle(moe: MoE, ffn: FFNWeights, construction: str = "auto") -> dict[str, Tensor]:
@@ -60,7 +65,8 @@ def upcycle(moe: MoE, ffn: FFNWeights, construction: str = "auto") -> dict[str, 
                 ``num_experts / slots`` copies
     "paper"     of each of ``top_k`` shards,        until a token takes shards of several copies
                 ``num_experts / top_k`` copies
-    "split"     of each unit, one                   if all experts are chosen with equal gates
+    "split"     of each unit, one                   if all experts are chosen with equal gates,
+                                                    or their outputs are summed
     ==========  ==================================  ============================================
 
     Slot s holds the copies of shard s, of which a token always takes one or a mean. In "paper"
@@ -74,12 +80,14 @@ def upcycle(moe: MoE, ffn: FFNWeights, construction: str = "auto") -> dict[str, 
 
     Args:
         ffn: of the same activation.
-        construction: "auto" takes the first that fits the experts' width: "slots" if the config
-            has any, "copies", "split", which has the ``num_experts``-th part of the units,
-            rounded as :meth:`MoEConfig.width` does.
+        construction: "auto" is the experts' own if they have one, else the first that fits their
+            width: "slots" if the config has any, "copies", "split", which has the
+            ``num_experts``-th part of the units, rounded as :meth:`MoEConfig.width` does. Of
+            experts whose outputs are summed it is "split".
 
     Raises:
-        ValueError: if the construction does not fit the experts, or the FFN has other channels.
+        ValueError: if the construction does not fit the experts, or the FFN has other channels; if
+            the experts' own one needs images.
     """
     check_choice("upcycling", construction, CONSTRUCTIONS)
     config = moe.config
@@ -88,8 +96,12 @@ def upcycle(moe: MoE, ffn: FFNWeights, construction: str = "auto") -> dict[str, 
     if ffn.w1.shape != (hidden, dim) or ffn.w2.shape != (dim, hidden):
         shapes = f"{tuple(ffn.w1.shape)} and {tuple(ffn.w2.shape)}"
         raise ValueError(f"an FFN of weights {shapes} does not fit experts of {dim} channels")
-    names = [construction]
-    if construction == "auto":
+    names = [moe.construction if construction == "auto" else construction]
+    if names == ["coactivation"]:
+        raise ValueError("what is active together, images tell: swap_ffn_for_moe sees them")
+    if names == ["auto"] and config.combine == "sum":
+        names = ["split"]
+    elif names == ["auto"]:
         slots = config.slots > 1 and hidden % config.slots == 0
         names = [*(["slots"] if slots else []), "copies", "split"]
     widths = {name: expert_width(name, config, hidden) for name in names}
@@ -110,7 +122,7 @@ def upcycle(moe: MoE, ffn: FFNWeights, construction: str = "auto") -> dict[str, 
             units = shards.repeat(copies, 1)
         else:
             units = shards.repeat_interleave(copies, dim=0)
-    experts = take_units(ffn, units, config.top_k)
+    experts = take_units(ffn, units, config)
     state = {f"experts.{name}": value for name, value in experts._asdict().items()}
     if chosen == "paper":
         rows = moe.router.weight.detach()[:: config.top_k]
@@ -124,18 +136,20 @@ def expert_width(construction: str, config: MoEConfig, hidden: int) -> int:
     Raises:
         ValueError: if there is no such construction for these settings.
     """
-    if construction == "copies":
-        return hidden
     if construction == "split":
         return replace(config, expert_dim=None).width(hidden)
+    if config.combine == "sum":
+        raise ValueError(f"construction {construction!r} needs combine='mean': copies are no parts")
+    if construction == "copies":
+        return hidden
     if construction == "slots" and config.slots == 1:
-        raise ValueError("upcycling='slots' needs slots above 1, not slots=1")
+        raise ValueError("construction 'slots' needs slots above 1, not slots=1")
     if construction == "paper":
         if config.slots > 1:
-            raise ValueError(f"upcycling='paper' needs slots=1, not slots={config.slots}")
+            raise ValueError(f"construction 'paper' needs slots=1, not slots={config.slots}")
         if config.num_experts % config.top_k:
             raise ValueError(
-                f"upcycling='paper' needs num_experts={config.num_experts} to be a multiple of "
+                f"construction 'paper' needs num_experts={config.num_experts} to be a multiple of "
                 f"top_k={config.top_k}"
             )
     setting = {"paper": "top_k", "slots": "slots"}[construction]
@@ -160,22 +174,22 @@ def split_units(ffn: FFNWeights, num_experts: int, expert_dim: int) -> Tensor:
     return units.view(num_experts, expert_dim)
 
 
-def take_units(ffn: FFNWeights, units: Tensor, top_k: int) -> FFNWeights:
+def take_units(ffn: FFNWeights, units: Tensor, config: MoEConfig) -> FFNWeights:
     """Experts that take the given hidden units of a dense FFN.
 
-    Gates sum to 1, so every expert has the whole output bias, which then enters once. Outputs are
-    scaled so that units count as in the dense FFN: it is equalled if to each unit come gates of
-    the same sum. If ``top_k`` of a split's experts are, their units
+    Output biases are averaged, so every expert has the whole one, which then enters once. Outputs
+    are scaled so that units count as in the dense FFN: it is equalled if to each unit come gates
+    of the same sum. If ``top_k`` of a split's experts are, their units
     count once each and the others are missing. (Scaled up in their place, they would be further
     from the dense output than no output is: on random weights by 1.02 of its norm at half of the
-    experts, against 0.72.)
+    experts, against 0.72.) Where outputs are summed this holds for any number of experts.
 
     Args:
         units: (E, d) indices.
-        top_k: experts per token.
     """
     holders = torch.bincount(units.flatten(), minlength=len(ffn.w1))
-    scale = (len(units) / holders[units]).clamp(max=top_k)  # (E, d)
+    once = len(units) if config.combine == "mean" else 1  # of a unit that one expert holds
+    scale = (once / holders[units]).clamp(max=config.top_k)  # (E, d)
     return FFNWeights(
         w1=ffn.w1[units],
         b1=ffn.b1[units],

@@ -64,7 +64,8 @@ def by_definition(moe: MoE, x: torch.Tensor, regions: list[int] | None = None) -
         for gate, e in zip(gates, experts.tolist()):
             w = moe.experts
             hidden = w.act(F.linear(token, w.w1[e], w.b1[e]))
-            row = row + gate * F.linear(hidden, w.w2[e], w.b2[e])
+            bias = w.b2[e] / (len(gates) if moe.config.combine == "sum" else 1)
+            row = row + gate * F.linear(hidden, w.w2[e], bias)
         rows.append(row)
     return torch.stack(rows)
 
@@ -73,10 +74,11 @@ def by_definition(moe: MoE, x: torch.Tensor, regions: list[int] | None = None) -
 @pytest.mark.parametrize("dispatch", ["sorted", "grouped_mm", "dense"])
 @pytest.mark.parametrize(
     ("experts", "top_k", "slots"),
-    [(4, 2, 1), (6, 3, 1), (5, 1, 1), (3, 3, 1), (4, 2, 2), (8, 4, 2), (6, 3, 3)],
+    [(4, 2, 1), (6, 3, 1), (5, 1, 1), (3, 3, 1), (4, 2, 2), (8, 4, 2), (6, 3, 3), (6, 3, "sum")],
 )
 def test_dispatches_equal_the_definition(dispatch, act, experts, top_k, slots):
-    moe = make(experts, top_k, act, dispatch=dispatch, expert_dim=8, slots=slots)
+    combine = {"combine": "sum"} if slots == "sum" else {"slots": slots}
+    moe = make(experts, top_k, act, dispatch=dispatch, expert_dim=8, **combine)
     x = torch.randn(23, 16)
     outputs, gradients = [], []
     for run in (moe, lambda t: by_definition(moe, t)):
@@ -311,6 +313,41 @@ def test_every_slot_chooses_by_itself(num_experts, top_k, slots):
 
 
 @settings(max_examples=30, deadline=None)
+@given(st.integers(1, 5), st.integers(0, 99), st.floats(0, 1e5))
+def test_outputs_that_are_summed_count_once(top_k, seed, scale):
+    """Also where probabilities underflow; the router has the gradient of their logarithm."""
+    logits = torch.randn(20, 5, generator=torch.Generator().manual_seed(seed)) * scale
+    logits.requires_grad_()
+    routing = route(logits, top_k, combine="sum")
+    assert torch.equal(routing.gates, torch.ones(20, top_k))
+    routing.gates.sum().backward()
+    expected = F.one_hot(routing.experts, 5).sum(1) - top_k * logits.detach().softmax(-1)
+    torch.testing.assert_close(logits.grad, expected)
+
+
+@pytest.mark.parametrize("dispatch", ["sorted", "grouped_mm", "dense"])
+def test_parts_of_an_ffn_add_up_for_any_knob(dispatch):
+    """The hidden units of the chosen once each, the others not at all, the output's bias once."""
+    moe = make(6, 2, dispatch=dispatch, expert_dim=8, combine="sum").requires_grad_(False)
+    w = moe.experts
+    w.b2[:] = w.b2[0]
+    x = torch.randn(23, 16)
+    hidden = w.act(F.linear(x, w.w1.flatten(0, 1), w.b1.flatten())).unflatten(1, (6, 8))
+    for top_k in (1, 2, 6):
+        with forward_context(knobs=Knobs(top_k=top_k)):
+            chosen = F.one_hot(moe.router(x, top_k).experts, 6).sum(1)
+            expected = torch.einsum("teh,te,eoh->to", hidden, chosen.float(), w.w2) + w.b2[0]
+            torch.testing.assert_close(moe(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_balance_is_asked_of_one_summed_expert():
+    record = recorded(make(4, 1, combine="sum", balance_weight=0.0), torch.randn(9, 16))
+    assert record.losses([])["balance"] == 0
+    record = recorded(make(4, 1, balance_weight=0.0), torch.randn(9, 16))
+    assert record.losses([])["balance"] > 0.05
+
+
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 99), st.floats(0, 1e5))
 def test_gates_of_any_logits(slots, each, seed, scale):
     """Also where all probabilities of a slot would underflow beside another slot's."""
@@ -541,6 +578,8 @@ def test_active_parameters():
         ({"top_k": 5}, r"top_k=5 must lie in 1..num_experts=4"),
         ({"expert_dim": 0}, "expert_dim=0"),
         ({"slots": 0}, "slots=0 must be at least 1"),
+        ({"combine": "max"}, "combine='max' is not one of"),
+        ({"combine": "sum", "slots": 2}, "combine='sum' needs slots=1, not slots=2"),
         ({"slots": 2, "num_experts": 5}, "num_experts=5 must be a multiple of slots=2"),
         ({"slots": 2, "top_k": 3}, "top_k=3 must be a multiple of slots=2"),
         ({"balance_weight": -1}, "balance_weight=-1"),

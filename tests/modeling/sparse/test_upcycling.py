@@ -105,8 +105,17 @@ def test_units_that_some_experts_share(x):
     units = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7], [4, 5, 6, 7, 8, 9, 10, 11]])
     moe = equal_gates(MoE(MoEConfig(2, 2, expert_dim=8), DIM, 12, "gelu"))
     moe.requires_grad_(False)
-    moe.experts.load_state_dict(take_units(weights(ffn), units, top_k=2)._asdict())
+    moe.experts.load_state_dict(take_units(weights(ffn), units, moe.config)._asdict())
     torch.testing.assert_close(moe(x), ffn(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("construction", ["auto", "split"])
+def test_a_split_whose_outputs_are_summed_equals_the_dense_ffn_for_any_router(x, construction):
+    ffn = dense()
+    moe = experts_of(ffn, num_experts=4, top_k=2, combine="sum", construction=construction)
+    with forward_context(knobs=Knobs(top_k=4)):
+        torch.testing.assert_close(moe(x), ffn(x), rtol=0, atol=2e-6)
+    assert error(moe(x), ffn(x)) > 0.1
 
 
 # Copies of shards.
@@ -292,6 +301,8 @@ def test_linear_layers_without_biases(x):
             dict(num_experts=10, top_k=5, slots=5, expert_dim=9),
             "48 hidden units cannot be divided by slots=5",
         ),
+        ("copies", dict(expert_dim=48, combine="sum"), "'copies' needs combine='mean'"),
+        ("paper", dict(expert_dim=24, combine="sum"), "'paper' needs combine='mean'"),
         ("clone", dict(expert_dim=48), "upcycling='clone'"),
     ],
 )
