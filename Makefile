@@ -63,7 +63,7 @@ bench: $(READY)
 VIT := output/ablation_vit
 PLACE := model.backbone.pruning
 JOBS ?= 2
-# Sparse ViTs beside their static controls: AP against time, two seeds, an hour or two.
+# Sparse ViTs beside their static controls: AP against time, two seeds.
 bench-vit: $(READY)
 	$(BIN)/python -m dset_d2.tools.make_roadside --output $(VIT)/datasets --train 480 --val 120
 	DETECTRON2_DATASETS=$(VIT)/datasets $(BIN)/python -m dset_d2.tools.ablation \

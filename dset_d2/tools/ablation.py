@@ -6,7 +6,8 @@
 
 A variant is a name, a colon and the overrides that make it; a first word that ends in .py is its
 config instead of --config-file. The first variant is what AP, GMACs and latencies are relative to.
---jobs N trains N runs side by side, each with one thread on a core of its own.
+--jobs N trains and evaluates N runs side by side, each with one thread, in training on a core of
+its own.
 
 With --keep-ratios 0.7 0.5 the trained weights of every variant that prunes tokens are evaluated at
 these ratios and at 1 as well, in rows such as "DSET @0.5"; their AP is relative to that of the same
@@ -24,7 +25,10 @@ import dataclasses
 import functools
 import json
 import math
+import multiprocessing
 import re
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,7 +73,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_variants(required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--keep-ratios", type=float, nargs="+", default=[], metavar="RATIO")
     parser.add_argument(
         "--scorers", nargs="+", choices=SCORERS, default=[], help="default: as configured"
@@ -202,7 +206,8 @@ def stored_evaluations(folder: Path) -> dict[str, dict]:
 
 
 def evaluate_all(candidates: list[Candidate], args: argparse.Namespace) -> None:
-    """Evaluate all runs at all settings; what is stored in their folders is not repeated."""
+    """Evaluate all runs at all settings, as many side by side as were trained so; what is stored in
+    their folders is not repeated."""
     pending = [
         (run, setting)
         for _, runs, settings in candidates
@@ -210,17 +215,26 @@ def evaluate_all(candidates: list[Candidate], args: argparse.Namespace) -> None:
         for setting in settings
         if str(setting) not in stored_evaluations(run.folder)
     ]
-    for run, setting in tqdm(pending, desc="evaluating", unit="evaluation"):
-        found = stored_evaluations(run.folder)
-        found[str(setting)] = evaluate(run, setting, args)
-        write_json(run.folder / EVALUATIONS, found)
+    work = functools.partial(evaluate, args=args)
+    with ExitStack() as stack:
+        results: Iterable[dict] = map(work, pending)
+        if args.jobs > 1:
+            processes = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(processes.Pool(args.jobs, torch.set_num_threads, (1,)))
+            results = pool.imap(work, pending)
+        bar = tqdm(results, desc="evaluating", unit="evaluation", total=len(pending))
+        for (run, setting), result in zip(pending, bar):
+            found = stored_evaluations(run.folder)
+            found[str(setting)] = result
+            write_json(run.folder / EVALUATIONS, found)
 
 
-def evaluate(run: Run, setting: Setting, args: argparse.Namespace) -> dict:
+def evaluate(task: tuple[Run, Setting], args: argparse.Namespace) -> dict:
     """What a row says of one run."""
+    run, setting = task
     cfg = read_config(run.config_file, run.overrides, args.device)
     # Evaluators write there what would else replace the training's own detections.
-    cfg.train.output_dir = str(args.output / "evaluations")
+    cfg.train.output_dir = str(args.output / "evaluations" / f"{run.folder.name} {setting}")
     model = trained(cfg, run.folder, setting.scorer)
     macs = [count_flops(model, [x], setting.knobs).total for x in first_inputs(cfg, TRACED)]
     found: dict[str, Any] = {"GMACs": float(np.mean(macs)) / 1e9}

@@ -1,6 +1,5 @@
 import argparse
 import json
-from dataclasses import dataclass
 
 import pytest
 from torch import nn
@@ -40,7 +39,8 @@ def test_variants_are_trained_once_and_set_side_by_side(tmp_path, monkeypatch, c
         "--variant",
         "DSET: model.encoder.pruning.min_tokens=2 model.encoder.pruning.end_step=0",
     ]
-    options += ["--jobs", str(min(2, len(usable_cores()))), "--keep-ratios", "0.7"]
+    jobs = min(2, len(usable_cores()))
+    options += ["--jobs", str(jobs), "--keep-ratios", "0.7"]
     options += ["--latency-rounds", "1", "--device", "cpu", *TINY]
     ablation.main(options)
     rows = json.loads((output / "results.json").read_text())
@@ -58,7 +58,7 @@ def test_variants_are_trained_once_and_set_side_by_side(tmp_path, monkeypatch, c
         assert same[key] == sparse[key]
     assert whole["foreground_recall"] == [[1.0, 1.0]]
     assert whole["GMACs"] != same["GMACs"]
-    assert evaluated_at == [1.0, 0.7]
+    assert evaluated_at == ([1.0, 0.7] if jobs == 1 else [])  # else in other processes
     assert [row["reference"] for row in rows] == ["dense", "dense", "dense", "DSET @1"]
     assert same["AP_difference"] == [same["AP"][0] - whole["AP"][0]]
     assert [row["curve"] for row in rows] == ["dense", "DSET", "DSET", "DSET"]
@@ -83,7 +83,7 @@ def test_variants_are_trained_once_and_set_side_by_side(tmp_path, monkeypatch, c
     again = json.loads((output / "results.json").read_text())
     assert [row["AP"] for row in again] == [row["AP"] for row in rows]
     after = [file.stat().st_mtime_ns for file in files]
-    assert evaluated_at == [1.0, 0.7] * 2
+    assert evaluated_at[-2:] == [1.0, 0.7]
     assert after[:2] == before[:2] and after[2] > before[2] and after[3] > before[3]
 
     with pytest.raises(SystemExit):  # a longer run would be set beside shorter ones
@@ -95,16 +95,9 @@ def test_variants_are_trained_once_and_set_side_by_side(tmp_path, monkeypatch, c
     assert "DSET_0 holds a run with other settings" in capsys.readouterr().err
 
 
-@dataclass(frozen=True)
-class ScoredConfig(PruningConfig):
-    """As a pruner's in a ViT, whose scorer can be chosen."""
-
-    scorer: str = "learned"
-
-
 def vit_pruned(*scorers: str) -> nn.Module:
     model = sparse_model()
-    configs = [ScoredConfig(keep_ratio=0.5, scorer=scorer) for scorer in scorers]
+    configs = [PruningConfig(keep_ratio=0.5, scorer=scorer) for scorer in scorers]
     model.backbone.pruners = nn.ModuleList(TokenPruner(config, 8) for config in configs)
     return model
 
