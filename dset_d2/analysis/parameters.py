@@ -1,13 +1,11 @@
 """Parameters that a model has, those that work on a token, and those that are deployed."""
 
-import copy
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
+from ..inference import optimize_for_inference
 from ..modeling import DETRDetector, Knobs, forward_context
-from ..modeling.encoder.fusion_blocks import RepVggBlock
 from .tracing import Inputs, count_kernels
 
 
@@ -62,31 +60,15 @@ def active_parameters(module: nn.Module, read: set[int], seen: set[int]) -> int:
 
 
 def deployed_parameters(model: DETRDetector) -> dict[str, tuple[int, int]]:
-    """Parameters of a detector as it is trained and deployed, by part; "" is the whole.
-
-    Deployed, a RepVGG block is one convolution, and what no kernel reads is left out, such as
-    denoising queries and decoder layers above the one that is evaluated. Experts stay together,
-    since another image may need those that this one does not.
-    """
-    deployed = copy.deepcopy(model).eval()
-    for name, module in list(deployed.named_modules()):
-        if isinstance(module, RepVggBlock):
-            deployed.set_submodule(name, module.fuse())
-    # Smaller, and the image might have too few tokens to be pruned.
-    image = torch.zeros(1, 3, 640, 640, device=model.device)
-    kept = count_kernels(deployed, image).read
-    for module in deployed.modules():
-        if hasattr(module, "active_parameters"):
-            own = {id(p) for p in module.parameters()}
-            kept |= own if own & kept else set()
+    """Parameters of a detector as it is trained, and of what
+    :func:`~dset_d2.inference.optimize_for_inference` makes of it, by part; "" is the whole."""
+    deployed = optimize_for_inference(model)
     counts = {}
     for name in ("", "backbone", "backbone.dinov3", "backbone.adapter", "encoder", "decoder"):
         try:
-            trained, part = model.get_submodule(name), deployed.get_submodule(name)
+            parts = model.get_submodule(name), deployed.get_submodule(name)
         except AttributeError:  # another backbone's parts
             continue
-        counts[name] = (
-            sum(p.numel() for p in trained.parameters()),
-            sum(p.numel() for p in part.parameters() if id(p) in kept),
-        )
+        trained, kept = (sum(p.numel() for p in part.parameters()) for part in parts)
+        counts[name] = trained, kept
     return counts

@@ -123,4 +123,13 @@ class DETRDetector(MetaArch):
     def losses(
         self, images: Tensor, targets: list[dict[str, Tensor]], padding: Padding | None
     ) -> dict[str, Tensor]:
+        if self.criterion is None:
+            raise RuntimeError(
+                "the model was optimised for inference; train the one that it was made from"
+            )
         return self.criterion(self.decode(self.encode(images, padding), targets), targets)
+
+    def fuse(self) -> "DETRDetector":
+        """For inference: without losses."""
+        self.criterion = None
+        return self

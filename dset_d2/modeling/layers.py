@@ -3,9 +3,12 @@
 import functools
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
+from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
 
@@ -53,6 +56,21 @@ def convolution(
     )
 
 
+def folded(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
+    """One convolution with the outputs of a convolution and a norm behind it in evaluation mode.
+
+    ``norm`` is a batch norm, plain or frozen, or the identity. Neither of the two is changed.
+    """
+    return conv if isinstance(norm, nn.Identity) else fuse_conv_bn_eval(conv, norm)
+
+
+def fold_neighbours(sequence: nn.Sequential) -> None:
+    """Fold the batch norms of a sequence into the convolutions in front of them, in place."""
+    for index, (conv, norm) in enumerate(pairwise(sequence)):
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d | FrozenBatchNorm2d):
+            sequence[index], sequence[index + 1] = folded(conv, norm), nn.Identity()
+
+
 class ConvNorm(nn.Module):
     """Bias-free convolution, batch norm and activation, with upstream's names."""
 
@@ -72,6 +90,13 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x)))
+
+    def fuse(self) -> "ConvNorm":
+        """For inference: the norm within the convolution, whose output the activation overwrites."""
+        self.conv, self.norm = folded(self.conv, self.norm), nn.Identity()
+        if isinstance(self.act, nn.ReLU | nn.SiLU):
+            self.act.inplace = True
+        return self
 
 
 def projection(in_channels: int, out_channels: int) -> nn.Sequential:

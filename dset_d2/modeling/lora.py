@@ -57,7 +57,7 @@ class LoRALinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
     @torch.no_grad()
-    def merge(self) -> nn.Linear:
+    def fuse(self) -> nn.Linear:
         """A plain layer with the same outputs."""
         weight, old = self.weight, self._parameters["weight"]
         rows, columns = weight.shape
@@ -84,7 +84,7 @@ def merge_lora(model: nn.Module) -> None:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, LoRALinear):
-                setattr(module, name, child.merge())
+                setattr(module, name, child.fuse())
 
 
 def is_lora(name: str) -> bool:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import check_choice, convolution
+from ..layers import check_choice, convolution, folded
 
 PATCH = 16  # pixels per side of what a token stands for
 LEVELS = ("p3", "p4", "p5")  # strides 8, 16, 32
@@ -120,6 +120,12 @@ class SpatialTuningAdapter(nn.Module):
             for x, detail in zip(maps, details)
         )
         return [norm(conv(x)) for x, conv, norm in zip(joined, self.convs, self.norms)]
+
+    def fuse(self) -> "SpatialTuningAdapter":
+        """For inference: the norms within the convolutions."""
+        self.convs = nn.ModuleList(map(folded, self.convs, self.norms))
+        self.norms = nn.ModuleList(nn.Identity() for _ in self.convs)
+        return self
 
 
 ADAPTERS = {"plain": PlainAdapter, "sta": SpatialTuningAdapter}

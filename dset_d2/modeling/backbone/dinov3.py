@@ -215,6 +215,18 @@ class DINOv3(PretrainedBackbone):
         block = self.dinov3.blocks[0]
         return bool((block.gamma_1 == block.init_values).all())
 
+    @torch.no_grad()
+    def fuse(self) -> "DINOv3":
+        """For inference: layer scales within the linear layers in front of them."""
+        for block in self.dinov3.blocks:
+            seam = find_ffn(block)
+            scale_rows(block.attn.proj, block.gamma_1)
+            block.gamma_1 = None
+            if seam is not None:
+                scale_rows(seam.linear2, block.gamma_2)
+                block.gamma_2 = None
+        return self
+
     # The forward pass.
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -293,6 +305,13 @@ class DINOv3(PretrainedBackbone):
                 block, tokens, rope, use_reentrant=False, context_fn=checkpoint_contexts
             )
         return block(tokens, rope)
+
+
+def scale_rows(linear: nn.Linear, factors: Tensor) -> None:
+    """Let a layer multiply its outputs by factors of their own, in place."""
+    linear.weight *= factors[:, None]
+    if linear.bias is not None:
+        linear.bias *= factors
 
 
 def pruning_places(places: Sequence[dict]) -> list[ViTPruningConfig]:

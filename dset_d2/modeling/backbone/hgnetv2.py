@@ -10,7 +10,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 
 from ...arguments import arguments
-from ..layers import check_choice, convolution
+from ..layers import check_choice, convolution, folded
 from .base import ConvBackbone
 
 
@@ -109,6 +109,12 @@ class ConvBNAct(nn.Module):
         if self.pad:
             x = F.pad(x, self.pad)
         return self.lab(self.act(self.bn(self.conv(x))))
+
+    def fuse(self) -> "ConvBNAct":
+        """For inference: the norm within the convolution, whose output the ReLU overwrites."""
+        self.conv, self.bn = folded(self.conv, self.bn), nn.Identity()
+        self.act.inplace = True
+        return self
 
 
 class LightConv(nn.Module):

@@ -217,7 +217,26 @@ class DETRDecoder(Part):
         }
 
     def knob_limits(self) -> dict[str, float]:
-        return {"decoder_layers": self.num_layers, "num_queries": self.num_queries}
+        limits = {"num_queries": self.num_queries}
+        if not any(isinstance(head, nn.Identity) for head in self.dec_score_head):
+            limits["decoder_layers"] = self.num_layers
+        return limits
+
+    def fuse(self) -> "DETRDecoder":
+        """For inference: without denoising, the layers above the evaluated one, and what only
+        scores the outputs of those below it."""
+        self.num_layers = self.eval_idx + 1
+        del self.denoising_class_embed
+        for parts in (self.decoder.layers, self.dec_bbox_head, *self.scoring()):
+            del parts[self.num_layers :]
+        for parts in self.scoring():
+            for index in range(self.eval_idx):
+                parts[index] = nn.Identity()
+        return self
+
+    def scoring(self) -> list[nn.ModuleList]:
+        """Parts by layer that nothing but the scores of the layer's outputs is made by."""
+        return [self.dec_score_head]
 
     def last_layer(self) -> int:
         """Index of the layer whose output inference returns in this call."""

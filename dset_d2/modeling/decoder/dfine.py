@@ -119,6 +119,9 @@ class DFINEDecoder(DETRDecoder):
         self.distribution = EdgeDistribution(reg_max, up, reg_scale)
         self.pre_bbox_head = box_head(self.widths[0])
 
+    def scoring(self) -> list[nn.ModuleList]:
+        return [*super().scoring(), self.decoder.lqe_layers]
+
     def refine(
         self, content: Tensor, reference: Tensor, attn_mask: Tensor | None, memory: Memory
     ) -> list[dict[str, Tensor]]:

@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..layers import ConvNorm, activation
 
@@ -21,12 +20,13 @@ class RepVggBlock(nn.Module):
         return self.act(self.conv1(x) + self.conv2(x))
 
     @torch.no_grad()
-    def fuse(self) -> nn.Sequential:
-        """What the block computes in evaluation mode, as one 3x3 convolution with a bias."""
-        conv, pointwise = (fuse_conv_bn_eval(x.conv, x.norm) for x in (self.conv1, self.conv2))
-        conv.weight += F.pad(pointwise.weight, [1] * 4)
-        conv.bias += pointwise.bias
-        return nn.Sequential(conv, self.act)
+    def fuse(self) -> ConvNorm:
+        """For inference: the first branch, whose 3x3 convolution takes in the other."""
+        one, pointwise = self.conv1.fuse(), self.conv2.fuse()
+        one.conv.weight += F.pad(pointwise.conv.weight, [1] * 4)
+        one.conv.bias += pointwise.conv.bias
+        one.act = self.act
+        return one.fuse()
 
 
 class CSPRepLayer(nn.Module):

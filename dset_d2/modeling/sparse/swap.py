@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..context import current, name_parts
-from ..ffn import Seam, find_ffns, put
+from ..ffn import FFN, Seam, find_ffns, put
 from ..freezing import zero_gradients
 from ..layers import activation_name, check_choice
 from .coactivation import (
@@ -137,6 +137,20 @@ class SwappedFFN(MoE):
             w2=w2 / self.shards if self.config.combine == "mean" else w2,
             b2=experts.b2.mean(0),
         )
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """For inference: the dense FFN if tokens go through it, and no other beside it."""
+        self.dense = None
+        if not self.waits():
+            return self
+        merged = self.merged()
+        ffn = FFN(merged.w1.shape[1], len(merged.w1), activation_name(self.experts.act))
+        ffn.to(merged.w1)
+        for linear, weight, bias in zip((ffn.linear1, ffn.linear2), merged[::2], merged[1::2]):
+            linear.weight.copy_(weight)
+            linear.bias.copy_(bias)
+        return ffn
 
     def active_parameters(self) -> int:
         """Parameters that one token uses, or all of the dense FFN's."""
