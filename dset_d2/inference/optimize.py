@@ -34,7 +34,7 @@ def optimize_for_inference(model: Model) -> Model:
 
 
 def fuse(module: nn.Module) -> nn.Module:
-    """What computes the same in inference, after the same was done to the parts; in place if it can.
+    """What computes the same in inference, once its parts do; the module itself if it can.
 
     A module that has a shorter form returns it by a method ``fuse()``, and is not used any more
     if that is another module.

@@ -92,7 +92,7 @@ class ConvNorm(nn.Module):
         return self.act(self.norm(self.conv(x)))
 
     def fuse(self) -> "ConvNorm":
-        """For inference: the norm within the convolution, whose output the activation overwrites."""
+        """For inference: the norm within the convolution; the activation overwrites its input."""
         self.conv, self.norm = folded(self.conv, self.norm), nn.Identity()
         if isinstance(self.act, nn.ReLU | nn.SiLU):
             self.act.inplace = True

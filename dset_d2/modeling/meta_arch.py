@@ -163,12 +163,7 @@ class MetaArch(nn.Module):
 
     def detections(self, outputs: dict[str, Tensor]) -> Detections:
         """The best pairs among what :meth:`predict` returns, as tensors alone."""
-        scores = outputs["pred_logits"].float().sigmoid().flatten(1)
-        scores, index = scores.topk(min(self.max_detections, scores.shape[1]), dim=1)
-        num_classes = outputs["pred_logits"].shape[-1]
-        queries = (index // num_classes)[..., None].expand(-1, -1, 4)
-        boxes = box_convert(outputs["pred_boxes"].float(), "cxcywh", "xyxy").gather(1, queries)
-        return Detections(boxes, scores, index % num_classes)
+        return best_detections(outputs, self.max_detections)
 
     def postprocess(
         self, outputs: dict[str, Tensor], image_sizes: list[tuple[int, int]]
@@ -179,16 +174,7 @@ class MetaArch(nn.Module):
             outputs: what :meth:`predict` returns.
             image_sizes: (height, width) to scale each image's boxes to.
         """
-        results = []
-        for boxes, scores, classes, size in zip(*self.detections(outputs), image_sizes):
-            height, width = size
-            boxes = boxes * boxes.new_tensor([width, height, width, height])
-            results.append(
-                Instances(
-                    (height, width), pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes
-                )
-            )
-        return results
+        return to_instances(self.detections(outputs), image_sizes)
 
     def groups(
         self, batched_inputs: list[dict], knobs: list[Knobs | None] | None = None
@@ -277,6 +263,31 @@ class MetaArch(nn.Module):
         if self.clock.step % LOG_PERIOD == 0 and has_event_storage():
             log_records(context.records)
         return losses
+
+
+def best_detections(outputs: dict[str, Tensor], count: int) -> Detections:
+    """The ``count`` best pairs of each image, or all if there are fewer.
+
+    Args:
+        outputs: what :meth:`MetaArch.predict` returns.
+    """
+    scores = outputs["pred_logits"].float().sigmoid().flatten(1)
+    scores, index = scores.topk(min(count, scores.shape[1]), dim=1)
+    num_classes = outputs["pred_logits"].shape[-1]
+    queries = (index // num_classes)[..., None].expand(-1, -1, 4)
+    boxes = box_convert(outputs["pred_boxes"].float(), "cxcywh", "xyxy").gather(1, queries)
+    return Detections(boxes, scores, index % num_classes)
+
+
+def to_instances(detections: Detections, image_sizes: list[tuple[int, int]]) -> list[Instances]:
+    """Detections of each image, boxes scaled to its (height, width)."""
+    results = []
+    for boxes, scores, classes, (height, width) in zip(*detections, image_sizes):
+        boxes = boxes * boxes.new_tensor([width, height, width, height])
+        results.append(
+            Instances((height, width), pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
+        )
+    return results
 
 
 def resize(images: Tensor, long_side: int, divisor: int) -> Tensor:

@@ -63,7 +63,7 @@ def prune(tokens: Tensor | None, index: Tensor | None) -> Tensor | None:
     """
     if tokens is None or index is None:
         return tokens
-    tokens = tokens.expand(len(index), *tokens.shape[1:])
+    tokens = tokens.expand(index.shape[0], *tokens.shape[1:])
     return tokens.gather(1, index) if tokens.dim() == 2 else gather_tokens(tokens, index)
 
 

@@ -295,7 +295,7 @@ class DINOv3(PretrainedBackbone):
         vit = self.dinov3
         patches = vit.patch_embed(x)  # (B, h, w, embed_dim)
         shape = tuple(patches.shape[1:3])
-        prefix = torch.cat([vit.cls_token, vit.reg_token], dim=1).expand(len(x), -1, -1)
+        prefix = torch.cat([vit.cls_token, vit.reg_token], dim=1).expand(x.shape[0], -1, -1)
         tokens = torch.cat([prefix, patches.flatten(1, 2)], dim=1)
         return vit.norm_pre(vit.pos_drop(tokens)), vit.rope.get_embed(shape=shape), shape
 

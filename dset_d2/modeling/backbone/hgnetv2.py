@@ -111,7 +111,7 @@ class ConvBNAct(nn.Module):
         return self.lab(self.act(self.bn(self.conv(x))))
 
     def fuse(self) -> "ConvBNAct":
-        """For inference: the norm within the convolution, whose output the ReLU overwrites."""
+        """For inference: the norm within the convolution; the ReLU overwrites its input."""
         self.conv, self.bn = folded(self.conv, self.bn), nn.Identity()
         self.act.inplace = True
         return self

@@ -68,7 +68,7 @@ def pruned_layout(
     kept, gate = pruner(tokens[:, prefix:], replace(where, prefix=0), scores)
     index, chosen = None, tokens
     if kept is not None:
-        always = torch.arange(prefix, device=kept.device).expand(len(kept), -1)
+        always = torch.arange(prefix, device=kept.device).expand(kept.shape[0], -1)
         index = torch.cat([always, kept + prefix], dim=1)
         chosen, rope = prune(tokens, index), prune(rope[None], kept)[:, None]
     if gate is not None:
@@ -82,7 +82,7 @@ def windowed_layout(windows: WindowConfig, tokens: Tensor, rope: Tensor, where: 
     grid, count = (where.shape, windows.rows, windows.columns), windows.rows * windows.columns
     prefix, patches = tokens[:, : where.prefix], tokens[:, where.prefix :]
     split = torch.cat([prefix.repeat_interleave(count, 0), to_windows(patches, *grid)], dim=1)
-    rope = to_windows(rope[None], *grid).repeat(len(tokens), 1, 1)[:, None]
+    rope = to_windows(rope[None], *grid).repeat(tokens.shape[0], 1, 1)[:, None]
 
     def whole(x: Tensor) -> Tensor:
         prefix = x[:, : where.prefix].unflatten(0, (-1, count)).mean(1)

@@ -362,7 +362,7 @@ def readable(shapes: list[tuple[int, int]], encoded: Encoded) -> Tensor | None:
         if padding is not None:
             valid = padding.valid_tokens(height, width)
         else:
-            valid = feature.new_ones(len(feature), height * width, dtype=torch.bool)
+            valid = feature.new_ones(feature.shape[0], height * width, dtype=torch.bool)
         levels.append(valid if mask is None else valid & ~mask)
     return torch.cat(levels, dim=1)
 

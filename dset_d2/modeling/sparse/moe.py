@@ -244,18 +244,20 @@ class GroupedExperts(nn.Module):
         if dispatch == "dense":
             return self.run_dense(x, gates, routing.experts)
         # Assignments grouped by expert; within an expert tokens keep their order.
-        order = routing.experts.flatten().argsort(stable=True)
+        order = stable_order(routing.experts.flatten())
         rows = x[order // routing.experts.shape[1]]
         if dispatch == "sorted":
             outputs = self.run_sorted(rows, routing.experts)
         else:
             outputs = self.run_grouped(rows, routing.experts, order)
         outputs = outputs * gates.flatten()[order, None].to(outputs.dtype)
-        unsorted = torch.empty_like(outputs).index_copy(0, order, outputs)
+        unsorted = outputs.new_empty(rows.shape).index_copy(0, order, outputs)
         return unsorted.unflatten(0, gates.shape).sum(1)
 
     def counts(self, experts: Tensor) -> Tensor:
         """(E,) assignments per expert."""
+        if torch.compiler.is_exporting():  # which could not tell the length of a bincount
+            return (experts.flatten()[:, None] == torch.arange(self.num_experts)).sum(0)
         return torch.bincount(experts.flatten(), minlength=self.num_experts)
 
     def activate(self, hidden: Tensor) -> Tensor:
@@ -268,7 +270,12 @@ class GroupedExperts(nn.Module):
     def run_sorted(self, rows: Tensor, experts: Tensor) -> Tensor:
         """One GEMM pair per expert over its segment of rows, whose lengths the host must know."""
         outputs, b2 = [], self.output_biases(experts)
-        for expert, segment in enumerate(rows.split(self.counts(experts).tolist())):
+        lengths = self.counts(experts).tolist()
+        if torch.compiler.is_exporting():  # which knows nothing of them
+            for length in lengths:
+                torch._check(length >= 0)
+            torch._check(sum(lengths) == rows.shape[0])
+        for expert, segment in enumerate(rows.split(lengths)):
             hidden = self.activate(F.linear(segment, self.w1[expert], self.b1[expert]))
             outputs.append(F.linear(hidden, self.w2[expert], b2[expert]))
         return torch.cat(outputs)
@@ -287,7 +294,7 @@ class GroupedExperts(nn.Module):
 
     def run_dense(self, x: Tensor, gates: Tensor, experts: Tensor) -> Tensor:
         """Every expert on every token in one GEMM, other experts' gates being 0; static."""
-        weight = torch.zeros(len(x), self.num_experts, dtype=gates.dtype, device=x.device)
+        weight = torch.zeros(x.shape[0], self.num_experts, dtype=gates.dtype, device=x.device)
         weight = weight.scatter(1, experts, gates)
         hidden = self.activate(F.linear(x, self.w1.flatten(0, 1), self.b1.flatten()))
         hidden = hidden.unflatten(1, (self.num_experts, -1)) * weight[..., None]
@@ -296,8 +303,21 @@ class GroupedExperts(nn.Module):
         return F.linear(hidden.flatten(1), w2) + weight.to(hidden.dtype) @ b2
 
 
+def stable_order(experts: Tensor) -> Tensor:
+    """(N,) experts -> (N,) indices that sort them, those of one expert in their order."""
+    if not torch.compiler.is_exporting():
+        return experts.argsort(stable=True)
+    # ONNX has no stable sort, but the smallest of keys that all differ.
+    count = experts.shape[0]
+    keys = experts * count + torch.arange(count, device=experts.device)
+    return keys.topk(count, largest=False).indices
+
+
 def choose_dispatch(x: Tensor, width: int) -> str:
-    """The dispatch that "auto" stands for: static in graph captures, grouped where it is fast."""
+    """The dispatch that "auto" stands for: sparse in exported files, static in other captures of
+    graphs, grouped where it is fast."""
+    if torch.compiler.is_exporting():
+        return "sorted"
     # Not torch.jit.is_tracing(): FLOP counts trace what really runs.
     if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
         return "dense"
@@ -393,7 +413,7 @@ class MoE(Part):
             return None
         if where is None:
             raise ValueError(f"patch_size={size}: these tokens stand on no feature map")
-        return where.regions(size, len(x), x.device)
+        return where.regions(size, x.shape[0], x.device)
 
     def top_k(self) -> int:
         """Experts per token in this call."""

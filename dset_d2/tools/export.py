@@ -1,0 +1,131 @@
+"""Export a detector for onnxruntime, OpenVINO or torch.export, and compare the file with PyTorch.
+
+    python -m dset_d2.tools.export --config-file CONFIG --weights model_best.pth \\
+        --format onnx --output model.onnx
+
+The file takes batches of any length of RGB images (uint8, of dataloader.image_size; with
+--dynamic-size of other sizes too) and gives detections, or with --raw what the last decoder layer
+predicts. It is then run on the first images of the config's test set, or those that --input names:
+99 % of the detections must have their like in those of PyTorch, of equal class, with an IoU of at
+least 0.99 and scores within 0.001. --evaluate adds the AP of both on the test set. A file that
+differs is reported as an error, and stays for examination.
+
+Experts compute only the rows that are routed to them; model.encoder.moe.dispatch=dense (also
+decoder, backbone) exports the form that runs all experts on all rows instead.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from ..inference.export import (
+    AGREEMENT,
+    FORMATS,
+    ExportedDetector,
+    ExportInfo,
+    TracedDetector,
+    agreement,
+    export_detector,
+)
+from ..modeling import DETRDetector
+from .common import (
+    ConfigToolParser,
+    UsageError,
+    build,
+    build_model,
+    check_output,
+    class_names,
+    entry_point,
+    image_files,
+    image_size,
+    load_weights,
+    read_config,
+    read_images,
+    usage_errors,
+)
+
+
+def describe(cfg: DictConfig, model: DETRDetector, args) -> ExportInfo:
+    """What the file will say of itself."""
+    return ExportInfo(
+        classes=tuple(class_names(cfg)),
+        image_size=image_size(cfg),
+        outputs="raw" if args.raw else "detections",
+        max_detections=model.max_detections,
+        dynamic_size=args.dynamic_size,
+        divisor=model.size_divisibility,
+        random_weights=args.weights is None,
+    )
+
+
+@torch.no_grad()
+def compare(model: DETRDetector, exported: ExportedDetector, inputs: list[dict]) -> list[float]:
+    """The agreement of both on each image; they run one after the other."""
+    shares = []
+    for x in tqdm(inputs, desc="comparing"):
+        found, expected = (detector([x])[0]["instances"] for detector in (exported, model))
+        shares.append(agreement(found, expected))
+    return shares
+
+
+def evaluate(cfg: DictConfig, detectors: dict) -> None:
+    """Print the metrics of each detector on the config's test set."""
+    for name, detector in detectors.items():
+        loader, evaluator = build(cfg, "dataloader.test"), build(cfg, "dataloader.evaluator")
+        print(f"{name}:")
+        print_csv_format(inference_on_dataset(detector, loader, evaluator))
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> None:
+    parser = ConfigToolParser(__doc__)
+    parser.add_argument("--weights", help="of a run, or released; without, they are random")
+    parser.add_argument("--format", choices=FORMATS, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="file to write")
+    parser.add_argument("--raw", action="store_true", help="predictions without post-processing")
+    parser.add_argument("--dynamic-size", action="store_true", help="images of other sizes, too")
+    parser.add_argument("--input", nargs="+", type=Path, default=[], metavar="FILE_OR_FOLDER")
+    parser.add_argument("--num-images", type=int, default=8, help="of the test set, to compare on")
+    parser.add_argument("--evaluate", action="store_true", help="AP of the file and of PyTorch")
+    args = parser.parse_args(argv)
+    if args.num_images < 1:
+        parser.error("--num-images must be positive")
+    if args.output.suffix != FORMATS[args.format]:
+        parser.error(f"--output {args.output}: must end in {FORMATS[args.format]}")
+    images = image_files(args.input)
+    read = [args.weights] if args.weights else []
+    check_output(args.output, [args.config_file, *read, *(x["file_name"] for x in images)])
+
+    cfg = read_config(args.config_file, args.opts, "cpu")
+    model = build_model(cfg).eval()
+    if not isinstance(model, DETRDetector):
+        raise UsageError(f"{args.config_file}: a {type(model).__name__} cannot be exported")
+    if args.weights:
+        load_weights(model, args.weights, whole=True)
+    else:
+        print("no --weights: they are random, and so are the detections", file=sys.stderr)
+    images = images or build(cfg, "dataloader.test.dataset")[: args.num_images]
+    mapper = build(cfg, "dataloader.test.mapper")
+    inputs = [mapper(x) for x, _ in read_images(images)]
+
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with usage_errors("--format" if args.format != "torch_export" else "--output"):
+        export_detector(model, args.output, args.format, describe(cfg, model, args))
+    traced = args.format == "torch_export"
+    exported = TracedDetector(args.output) if traced else ExportedDetector(args.output)
+    shares = compare(model, exported, inputs)
+    about = f"{min(shares):.2%} of the detections agree with PyTorch's on the worst of"
+    print(f"{args.output}: {about} {len(shares)} images")
+    if args.evaluate:
+        evaluate(cfg, {str(args.output): exported, "PyTorch": model})
+    if min(shares) < AGREEMENT:
+        print(f"error: {args.output} differs from PyTorch", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
