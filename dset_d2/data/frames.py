@@ -3,7 +3,7 @@
 import glob
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ def is_video(source: str) -> bool:
 
 
 def find_sources(paths: Sequence[str | Path]) -> list[str]:
-    """Files, folders and patterns (``photos/*.jpg``) as single sources, in the order of their names;
+    """Files, folders and patterns (``photos/*.jpg``) as single sources, in order of their names;
     addresses of streams (``rtsp://...``) as they are.
 
     Raises:
@@ -63,28 +63,33 @@ def find_sources(paths: Sequence[str | Path]) -> list[str]:
     return found
 
 
-def count_frames(source: str) -> int | None:
-    """The number of a video's frames as its header tells; None if it does not, as of streams."""
+class VideoHeader(NamedTuple):
+    """What a video says of itself; 0 and a usual rate where it says nothing, as streams do."""
+
+    frames: int
+    rate: float  # frames per second
+
+
+def read_header(source: str) -> VideoHeader:
+    """
+    Raises:
+        DataError: if it cannot be opened.
+    """
     capture = open_video(source)
-    try:
-        count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-    finally:
-        capture.release()
-    return count if count > 0 else None
+    frames, rate = (capture.get(x) for x in (cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FPS))
+    capture.release()
+    return VideoHeader(max(0, int(frames)), rate if 0 < rate < 1000 else 25.0)
 
 
-def read_video(source: str) -> Iterator[Frame]:
-    """The frames of a video or stream, until it ends.
-
-    One that ends before its time is warned of.
+def read_video(source: str, warn: Callable[[str], object]) -> Iterator[Frame]:
+    """The frames of a video or stream, until it ends; of one that ends early ``warn`` is told.
 
     Raises:
         DataError: if not a single frame can be read.
     """
+    announced, number = read_header(source).frames, 0
     capture = open_video(source)
-    number = 0
     try:
-        announced = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
         while True:
             there, image = capture.read()
             if not there:
@@ -96,7 +101,7 @@ def read_video(source: str) -> Iterator[Frame]:
     if not number:
         raise DataError(f"{source}: cannot read a single frame of this video")
     if number < announced:
-        logger.warning("%s: ends after %d of %d frames", source, number, announced)
+        warn(f"{source}: ends after {number} of {announced} frames")
 
 
 def open_video(source: str) -> cv2.VideoCapture:
@@ -106,25 +111,30 @@ def open_video(source: str) -> cv2.VideoCapture:
     return capture
 
 
-def read_frames(sources: Sequence[str]) -> Iterator[Frame]:
+def read_frames(
+    sources: Sequence[str], warn: Callable[[str], object] = logger.warning
+) -> Iterator[Frame]:
     """The images and the frames of the videos among sources, one after the other.
 
     Sources that cannot be read are left out, and counted and named in one warning.
 
+    Args:
+        warn: what a warning is given to.
+
     Raises:
         DataError: if none can be read.
     """
-    damaged, before = [], len(sources)
+    damaged = []
     for source in sources:
         try:
             if is_video(source):
-                yield from read_video(source)
+                yield from read_video(source, warn)
             else:
                 yield Frame(source, None, read_image(source))
         except (OSError, DataError) as error:
             damaged.append(str(error))
     if damaged:
         named = "; ".join(damaged[:NAMED]) + ("; ..." if len(damaged) > NAMED else "")
-        if len(damaged) == before:
+        if len(damaged) == len(sources):
             raise DataError(named)
-        logger.warning("left out %d of %d images: %s", len(damaged), before, named)
+        warn(f"left out {len(damaged)} of {len(sources)} images: {named}")

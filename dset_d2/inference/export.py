@@ -160,7 +160,7 @@ def export_detector(model: DETRDetector, path: str | Path, format: str, info: Ex
 
 
 def onnx_model(program: ExportedProgram, info: ExportInfo):
-    """An ``onnx.ModelProto``, without the traces of the machine's files that torch writes into it."""
+    """An ``onnx.ModelProto``, without the names of this machine's files that torch puts in."""
     library("onnxscript")
     names = list(OUTPUTS[info.outputs])
     proto = torch.onnx.export(
@@ -210,7 +210,8 @@ RUNTIMES = {".onnx": run_onnx, ".xml": run_openvino}
 
 
 class ExportedDetector:
-    """A file that :func:`export_detector` wrote, called as a detector is: Detectron2's dicts in and out.
+    """A file that :func:`export_detector` wrote, to be called as a detector is: Detectron2's dicts
+    in and out.
 
     Nothing in the file is code of Python. Files of torch.export may hold such: who trusts one loads
     it by ``torch.export.load``.

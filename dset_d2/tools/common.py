@@ -25,11 +25,11 @@ from ..checkpoint import load_upstream
 from ..config import PACKAGE, apply_overrides, load_config
 from ..data.checks import count_classes
 from ..data.coco import to_coco
+from ..data.frames import IMAGES
 from ..data.mapper import read_picture
 from ..files import write_atomically
 
 OVERRIDE = re.compile(r"\+?[\w.]+=")
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 UNREGISTERED = re.compile(r"Dataset '(.*)' is not registered")  # Detectron2's, then all that are
 WEB_PAGE = re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE)
 NAMED = 3  # damaged images that a warning names
@@ -122,13 +122,13 @@ class ConfigToolParser(ToolParser):
     ``./key=value``, or something else follows it, if only ``--``.
     """
 
-    def __init__(self, doc: str, several: bool = False) -> None:
+    def __init__(self, doc: str, several: bool = False, required: bool = True) -> None:
         super().__init__(doc)
         first = "; the first is what others are compared with" if several else ""
         self.add_argument(
             "--config-file",
             nargs="+" if several else None,
-            required=True,
+            required=required,
             metavar="FILE",
             help=f"path, also of this project's configs from its root{first}",
         )
@@ -274,7 +274,7 @@ def image_files(paths: list[Path]) -> list[dict]:
     files = []
     for path in paths:
         if path.is_dir():
-            found = sorted(f for f in path.iterdir() if f.suffix.lower() in SUFFIXES)
+            found = sorted(f for f in path.iterdir() if f.suffix.lower() in IMAGES)
             if not found:
                 raise UsageError(f"{path}: holds no image")
             files += found

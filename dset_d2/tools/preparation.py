@@ -134,7 +134,7 @@ def check_data(
     singles = single_tests(cfg)
     loaders = [build_loader(single, "test", few=few) for single in singles.values()]
     evaluators = [build(single, "dataloader.evaluator") for single in singles.values()]
-    if all(type(evaluator) is COCOEvaluator for evaluator in evaluators):
+    if all(isinstance(evaluator, COCOEvaluator) for evaluator in evaluators):
         with usage_errors("the config"):
             for name in singles:
                 num_classes = OmegaConf.select(cfg, "model.decoder.num_classes")

@@ -2,28 +2,45 @@
 
     python -m dset_d2.tools.visualize --config-file CONFIG --weights model_best.pth \\
         --output output/pictures --num-images 12
+    ... --input crossing.mp4 'photos/*.jpg' --json-lines found.jsonl
+    python -m dset_d2.tools.visualize --weights model.onnx --input photos --output output/pictures
 
 draws the first images of the config's test set, ground truth on the left, or those that --input
-names. Each class has one colour, and a legend tells which. Beside NAME.png (detections) a sparse
-model gives NAME_kept_*.png (pruned tokens are dark), NAME_expert_*.png (a colour per expert) and
-experts.png (load and co-activation over all images).
+names: files, folders, patterns, videos, and streams by their addresses. Each class has one colour,
+and a legend tells which. Beside NAME.png (detections) a sparse model gives NAME_kept_*.png (pruned
+tokens are dark), NAME_expert_*.png (a colour per expert) and experts.png (load and co-activation
+over all images). A video becomes NAME.mp4. --json-lines writes a line for each image or frame, with
+boxes x1, y1, x2, y2 in pixels. Files that dset_d2.tools.export wrote (.onnx, .xml) need no config.
 Names are those of the images, numbered where one would stand for two. The folder of an image that
 is read is no place for pictures.
 """
 
+import json
 import re
+import sys
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
+from omegaconf import DictConfig
 from PIL import Image
 from tqdm import tqdm
 
+from ..data.frames import Frame, find_sources, is_video, read_frames, read_header
+from ..data.reading import DataError
 from ..files import write_atomically
+from ..inference import Prediction, Predictor
+from ..inference.export import RUNTIMES
+from ..inference.predictor import as_record
 from ..modeling import forward_context
 from ..visualization import (
     detection_picture,
+    draw_detections,
     mean_statistics,
     plot_routing,
     rendered,
@@ -35,13 +52,14 @@ from .common import (
     UsageError,
     build,
     build_model,
+    check_output,
     class_names,
     entry_point,
-    image_files,
     load_weights,
     own_weights,
     read_config,
     read_images,
+    usage_errors,
 )
 
 # What an image's name may not be like, so that no picture of another one has it.
@@ -72,52 +90,156 @@ def save(picture: np.ndarray, path: Path) -> None:
     write_atomically(path, lambda file: Image.fromarray(picture).save(file, format="png"))
 
 
+class Shot(NamedTuple):
+    """A picture that detections are drawn on.
+
+    Attributes:
+        name: of what is drawn.
+        annotations: its ground truth, if there is one.
+    """
+
+    name: str
+    frame: Frame
+    annotations: list[dict] | None = None
+
+
+class VideoWriter:
+    """Writes a video of the frames that it is given; a link in its place is not followed."""
+
+    def __init__(self, path: Path, rate: float) -> None:
+        self.path, self.rate = path, rate
+        self.writer: cv2.VideoWriter | None = None
+        path.unlink(missing_ok=True)
+
+    def __enter__(self) -> "VideoWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self.writer is not None:
+            self.writer.release()
+
+    def add(self, picture: np.ndarray) -> None:
+        """Append (H, W, 3) RGB uint8."""
+        if self.writer is None:
+            size, code = picture.shape[1::-1], cv2.VideoWriter_fourcc(*"mp4v")
+            self.writer = cv2.VideoWriter(str(self.path), code, self.rate, size)
+            if not self.writer.isOpened():
+                raise UsageError(f"{self.path}: OpenCV cannot write this video")
+        self.writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+
+
+def make_predictor(weights: str | None, cfg: DictConfig | None) -> Predictor:
+    """That of an exported file, or of the config's model."""
+    if weights and Path(weights).suffix in RUNTIMES:
+        with usage_errors("--weights"):
+            return Predictor.from_file(weights)
+    model = build_model(cfg)
+    if weights:
+        load_weights(model, weights, whole=True)
+    mapper = build(cfg, "dataloader.test.mapper")
+    return Predictor(model, mapper.augmentations, class_names(cfg))
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def input_shots(sources: list[str], folder: Path) -> Iterator[Shot]:
+    """Those of images and videos."""
+    names = dict(zip(sources, output_names(list(map(Path, sources)), folder)))
+    frames = sum(read_header(x).frames if is_video(x) else 1 for x in sources)
+    for frame in tqdm(read_frames(sources, warn), "drawing", frames or None):
+        yield Shot(names[frame.source], frame)
+
+
+def test_shots(cfg: DictConfig, num_images: int, folder: Path) -> Iterator[Shot]:
+    """Those of the config's test set, with their ground truth."""
+    dataset_dicts = build(cfg, "dataloader.test.dataset")[:num_images]
+    names = output_names([Path(x["file_name"]) for x in dataset_dicts], folder)
+    dataset_dicts = [x | {"name": name} for x, name in zip(dataset_dicts, names)]
+    for x, image in read_images(tqdm(dataset_dicts, desc="drawing")):
+        yield Shot(x["name"], Frame(x["file_name"], None, image), x.get("annotations"))
+
+
 @entry_point
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
-    parser = ConfigToolParser(__doc__)
-    parser.add_argument("--weights", help="of a run, or released; needless if the config has some")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the PNG files")
-    parser.add_argument("--input", nargs="+", type=Path, metavar="FILE_OR_FOLDER")
+    parser = ConfigToolParser(__doc__, required=False)
+    parser.add_argument(
+        "--weights", help="of a run, released, or exported; needless if the config has some"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--input", nargs="+", metavar="SOURCE", help="images, folders, videos, ...")
     parser.add_argument("--num-images", type=int, default=12, help="of the test set")
     parser.add_argument("--threshold", type=float, default=0.4, help="least score drawn")
+    parser.add_argument("--json-lines", type=Path, metavar="FILE", help="what was found")
     parser.add_device()
     args = parser.parse_args(argv)
     if args.num_images < 1:
         parser.error("--num-images must be positive")
+    exported = args.weights and Path(args.weights).suffix in RUNTIMES
+    if not args.config_file and not (exported and args.input):
+        parser.error("the following arguments are required: --config-file")
 
-    cfg = read_config(args.config_file, args.opts, args.device)
-    if not (args.weights or own_weights(cfg)):
-        parser.error("the following arguments are required: --weights")
-    model = build_model(cfg).eval()
-    if args.weights:
-        load_weights(model, args.weights, whole=True)
-    mapper = build(cfg, "dataloader.test.mapper")
-    if args.input:
-        dataset_dicts = image_files(args.input)
-    else:
-        dataset_dicts = build(cfg, "dataloader.test.dataset")[: args.num_images]
-    names = output_names([Path(x["file_name"]) for x in dataset_dicts], args.output)
-    dataset_dicts = [x | {"name": name} for x, name in zip(dataset_dicts, names)]
-    classes = class_names(cfg)
-    args.output.mkdir(parents=True, exist_ok=True)
-    routings = defaultdict(list)
-    for dataset_dict, image in read_images(tqdm(dataset_dicts, desc="drawing")):
-        height, width = image.shape[:2]
-        inputs = mapper(dataset_dict) | {"height": height, "width": width}
-        with forward_context(record=True) as context:
-            instances = model([inputs])[0]["instances"]
-        annotations = dataset_dict.get("annotations")
-        drawn = detection_picture(image, instances, annotations, classes, args.threshold)
-        name = dataset_dict["name"]
-        save(drawn, args.output / f"{name}.png")
-        for part, picture in sparsity_pictures(image, context.records).items():
-            save(picture, args.output / f"{name}_{part}.png")
-        for place, routing in routing_records(context.records).items():
-            routings[place].append(routing)
-    if routings:
-        save(rendered(plot_routing(mean_statistics(routings))), args.output / "experts.png")
+    cfg = None
+    if args.config_file:
+        cfg = read_config(args.config_file, args.opts, args.device)
+        if not (args.weights or own_weights(cfg)):
+            parser.error("the following arguments are required: --weights")
+    try:
+        sources = find_sources(args.input or [])
+        if args.json_lines:
+            read = [args.config_file, args.weights, *sources]
+            check_output(args.json_lines, [path for path in read if path])
+        predictor = make_predictor(args.weights, cfg)
+        if sources:
+            shots = input_shots(sources, args.output)
+        else:
+            shots = test_shots(cfg, args.num_images, args.output)
+        draw(predictor, shots, args.output, args.threshold, args.json_lines)
+    except DataError as error:
+        raise UsageError(str(error)) from error
     print(f"drawn to {args.output}")
+
+
+def draw(
+    predictor: Predictor,
+    shots: Iterator[Shot],
+    folder: Path,
+    threshold: float,
+    json_lines: Path | None,
+) -> None:
+    """Write pictures of all shots, and what was found on them."""
+    classes, routings = predictor.classes, defaultdict(list)
+    videos: dict[str, VideoWriter] = {}
+    with ExitStack() as files:
+        lines = None
+        for shot in shots:
+            name, frame, annotations = shot
+            folder.mkdir(parents=True, exist_ok=True)
+            with forward_context(record=True) as context:
+                instances = predictor(frame.image)
+            if json_lines and lines is None:
+                json_lines.parent.mkdir(parents=True, exist_ok=True)
+                lines = files.enter_context(open(json_lines, "w"))
+            if lines is not None:
+                record = as_record(Prediction(frame, instances), classes, threshold)
+                lines.write(json.dumps(record) + "\n")
+            if frame.number is not None:
+                if name not in videos:
+                    video = VideoWriter(folder / f"{name}.mp4", read_header(frame.source).rate)
+                    videos[name] = files.enter_context(video)
+                drawn = draw_detections(frame.image, instances, classes, threshold)
+                videos[name].add(drawn)
+                continue
+            drawn = detection_picture(frame.image, instances, annotations, classes, threshold)
+            save(drawn, folder / f"{name}.png")
+            for part, picture in sparsity_pictures(frame.image, context.records).items():
+                save(picture, folder / f"{name}_{part}.png")
+            for place, routing in routing_records(context.records).items():
+                routings[place].append(routing)
+    if routings:
+        save(rendered(plot_routing(mean_statistics(routings))), folder / "experts.png")
 
 
 if __name__ == "__main__":
