@@ -80,6 +80,10 @@ setup(
     ],
     extras_require={
         "opencv": ["opencv-python>=4.5.5.64"],
+        # Exported files: writing them, and the two runtimes that run them.
+        "export": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20", "openvino>=2025.1"],
+        "quantize": ["nncf>=2.19"],  # files in eight bits
+        "evaluation": ["faster-coco-eval>=1.6.5"],  # COCO's metrics in C++
         "grounding": ["transformers>=5.23"],  # Grounding DINO, of which nothing else is imported
         "test": [
             "pytest>=7",
