@@ -8,7 +8,7 @@ within it, as JSON (:class:`ExportInfo`).
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +29,9 @@ from .optimize import optimize_for_inference
 
 FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch_export": ".pt2"}
 OUTPUTS = {"detections": Detections._fields, "raw": ("pred_logits", "pred_boxes")}
+PRECISIONS = ("float32", "int8")
+# Of what is quantised. The decoder's boxes and scores do not survive eight bits.
+QUANTISED = ("'model.backbone'", "'model.encoder'")
 KEY = "dset_d2"  # of the entry in a file that says what it is
 OPSET = 20
 MAX_BATCH = 1024
@@ -47,6 +50,7 @@ class ExportInfo:
         dynamic_size: whether images may also have other sizes, in whole ``divisor`` pixels.
         divisor: of heights and widths.
         random_weights: whether the model had learned nothing.
+        precision: "float32", or "int8" of a backbone and encoder that were quantised.
     """
 
     classes: tuple[str, ...]
@@ -56,6 +60,7 @@ class ExportInfo:
     dynamic_size: bool = False
     divisor: int = 32
     random_weights: bool = False
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         if not self.classes or not all(isinstance(name, str) for name in self.classes):
@@ -70,6 +75,7 @@ class ExportInfo:
                 f"image_size={list(self.image_size)} must be whole multiples of {self.divisor}"
             )
         check_choice("outputs", self.outputs, OUTPUTS)
+        check_choice("precision", self.precision, PRECISIONS)
         for name in ("dynamic_size", "random_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
@@ -137,19 +143,35 @@ def trace(model: DETRDetector, info: ExportInfo) -> ExportedProgram:
         ) from error
 
 
-def export_detector(model: DETRDetector, path: str | Path, format: str, info: ExportInfo) -> None:
+def export_detector(
+    model: DETRDetector,
+    path: str | Path,
+    format: str,
+    info: ExportInfo,
+    calibration: Sequence[Tensor] = (),
+) -> None:
     """Write a model as a file; an OpenVINO file has a second one with its weights beside it.
 
     The model is optimised first (:func:`optimize_for_inference`); its experts compute the rows
     that are routed to them only, but for those with ``dispatch="dense"``.
+
+    Args:
+        calibration: (3, H, W) uint8 images as the file will see, which tell the range of values
+            where the precision is int8.
+
+    Raises:
+        ValueError: if the settings do not fit the format, the model or each other.
+        ImportError: without the packages of the format.
     """
     check_choice("format", format, FORMATS)
+    if info.precision == "int8" and (format == "torch_export" or not calibration):
+        raise ValueError("precision='int8' needs calibration images, and onnx or openvino")
     program = trace(model, info)
     if format == "torch_export":
         files = {KEY: info.to_json()}
         write_atomically(path, lambda file: torch.export.save(program, file, extra_files=files))
         return
-    proto = onnx_model(program, info)
+    proto = onnx_model(program, info, calibration)
     if format == "onnx":
         write_atomically(path, lambda file: file.write(proto.SerializeToString()))
     else:
@@ -159,7 +181,7 @@ def export_detector(model: DETRDetector, path: str | Path, format: str, info: Ex
         openvino.save_model(converted, path, compress_to_fp16=False)
 
 
-def onnx_model(program: ExportedProgram, info: ExportInfo):
+def onnx_model(program: ExportedProgram, info: ExportInfo, calibration: Sequence[Tensor] = ()):
     """An ``onnx.ModelProto``, without the names of this machine's files that torch puts in."""
     library("onnxscript")
     names = list(OUTPUTS[info.outputs])
@@ -167,18 +189,41 @@ def onnx_model(program: ExportedProgram, info: ExportInfo):
         program, dynamo=True, opset_version=OPSET, input_names=["images"], output_names=names,
         verbose=False,
     ).model_proto  # fmt: skip
-    for node in [*proto.graph.node, *(node for f in proto.functions for node in f.node)]:
+    if info.precision == "int8":
+        proto = quantised(proto, calibration)
+    for node in proto.graph.node:
         del node.metadata_props[:]
     proto.metadata_props.add(key=KEY, value=info.to_json())
     return proto
 
 
+def quantised(proto, calibration: Sequence[Tensor]):
+    """The model with products of eight bits in backbone and encoder, and the decoder as it was."""
+    nncf = library("nncf")
+    places = {node.name: {p.key: p.value for p in node.metadata_props} for node in proto.graph.node}
+    kept = [
+        name
+        for name, place in places.items()
+        if not any(part in place.get("pkg.torch.onnx.name_scopes", "") for part in QUANTISED)
+    ]
+    images = nncf.Dataset(calibration, lambda image: {"images": image[None].numpy()})
+    return nncf.quantize(
+        proto,
+        images,
+        preset=nncf.QuantizationPreset.MIXED,  # SiLU's and GELU's values are not symmetric
+        subset_size=len(calibration),
+        model_type=nncf.ModelType.TRANSFORMER,
+        ignored_scope=nncf.IgnoredScope(names=kept),
+    )
+
+
 def library(name: str) -> ModuleType:
-    """A package of the extra ``export``."""
+    """A package of the extra ``export``, or ``quantize``."""
     try:
         return import_module(name)
     except ImportError as error:
-        raise ImportError(f"{error}: pip install 'dset_d2[export]'") from error
+        extra = "quantize" if name == "nncf" else "export"
+        raise ImportError(f"{error}: pip install 'dset_d2[{extra}]'") from error
 
 
 # Running a file.

@@ -26,11 +26,11 @@ def optimize_for_inference(model: Model) -> Model:
     Args:
         model: is left as it is.
     """
-    model = copy.deepcopy(model).eval().requires_grad_(False)
+    model = copy.deepcopy(model).eval()  # in which alone norms are folded
     with model.context():
         fuse(model)
     model.name_parts()
-    return model.to(memory_format=torch.channels_last)
+    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def fuse(module: nn.Module) -> nn.Module:

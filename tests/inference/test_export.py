@@ -255,3 +255,44 @@ def test_predictors_of_model_and_file_agree(exported):
     assert (
         agreement(Predictor(optimize_for_inference(model), T.Resize(SIZE))(photo), expected) > 0.97
     )
+
+
+# Eight bits.
+
+
+def test_quantised_files_keep_a_float_decoder(tmp_path):
+    pytest.importorskip("nncf")
+    model, said = tiny_model(), info(precision="int8")
+    model.max_detections = 50
+    images = [x["image"] for x in make_inputs([SIZE] * 4, seed=5)]
+    proto = onnx_model(trace(model, said), said, images)
+    made_by = {output: node for node in proto.graph.node for output in node.output}
+    quantised = [
+        node.op_type
+        for node in proto.graph.node
+        if node.op_type in ("Conv", "Gemm", "MatMul")
+        and all(
+            getattr(made_by.get(x), "op_type", "") == "DequantizeLinear" for x in node.input[:2]
+        )
+    ]
+    convolutions = [node for node in proto.graph.node if node.op_type == "Conv"]
+    of_decoder = len(model.decoder.input_proj)
+    assert len(convolutions) > 40 and quantised.count("Conv") == len(convolutions) - of_decoder
+    products = sum(node.op_type in ("Gemm", "MatMul") for node in proto.graph.node)
+    assert quantised.count("Gemm") + quantised.count("MatMul") < products / 2
+
+    path = tmp_path / "model.onnx"
+    path.write_bytes(proto.SerializeToString())
+    detector = ExportedDetector(path)
+    assert detector.info.precision == "int8"
+    inputs = make_inputs([SIZE])
+    found = detector(inputs)[0]["instances"]
+    with torch.no_grad():
+        expected = model(inputs)[0]["instances"]
+    assert (found.scores - expected.scores).abs().mean() < 0.2 * expected.scores.mean()
+
+
+def test_quantising_needs_images(tmp_path):
+    for kind in ("onnx", "torch_export"):
+        with pytest.raises(ValueError, match="precision='int8' needs calibration images"):
+            export_detector(tiny_model(), tmp_path / "x", kind, info(precision="int8"))

@@ -219,12 +219,13 @@ class DINOv3(PretrainedBackbone):
     def fuse(self) -> "DINOv3":
         """For inference: layer scales within the linear layers in front of them."""
         for block in self.dinov3.blocks:
-            seam = find_ffn(block)
-            scale_rows(block.attn.proj, block.gamma_1)
-            block.gamma_1 = None
+            seam, layers = find_ffn(block), {"gamma_1": block.attn.proj}
             if seam is not None:
-                scale_rows(seam.linear2, block.gamma_2)
-                block.gamma_2 = None
+                layers["gamma_2"] = seam.linear2
+            for name, linear in layers.items():
+                if (factors := getattr(block, name)) is not None:
+                    scale_rows(linear, factors)
+                    setattr(block, name, None)
         return self
 
     # The forward pass.

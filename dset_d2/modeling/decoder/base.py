@@ -226,7 +226,7 @@ class DETRDecoder(Part):
         """For inference: without denoising, the layers above the evaluated one, and what only
         scores the outputs of those below it."""
         self.num_layers = self.eval_idx + 1
-        del self.denoising_class_embed
+        self.denoising_class_embed = None
         for parts in (self.decoder.layers, self.dec_bbox_head, *self.scoring()):
             del parts[self.num_layers :]
         for parts in self.scoring():
