@@ -8,7 +8,7 @@ DEMO_CONFIG := projects/dset/configs/dset_r18_roadside.py
 
 READY := .venv/ready-$(DETECTRON2)
 
-.PHONY: demo test oldest lint bench bench-vit clean
+.PHONY: demo test oldest lint bench bench-vit bench-deploy clean
 
 demo: $(READY)
 	$(BIN)/python -m dset_d2.tools.make_roadside --output $(DEMO)/datasets --train 480
@@ -77,6 +77,15 @@ bench-vit: $(READY)
 		--variant "windows: $(PLACE)=[] model.backbone.windows.global_blocks=[3,7]" \
 		--variant "scale 0.8: $(PLACE)=[] model.backbone.scale=0.8" \
 		--variant "input 224: $(PLACE)=[] dataloader.image_size=[224,384]"
+
+# Deployed speed: every form of five models, and the AP of each form of the demo's.
+bench-deploy: demo
+	DETECTRON2_DATASETS=$(DEMO)/datasets $(BIN)/python -m dset_d2.tools.deployment \
+		--output output/deployment --trained $(DEMO_CONFIG) $(DEMO)/model_best.pth \
+		--config-file configs/rtdetr/rtdetrv2_r18_coco.py configs/dfine/dfine_s_coco.py \
+		projects/dset/configs/dset_s_dair_v2x.py \
+		projects/dfine_dinov3/configs/dfine_dinov3_s_coco.py \
+		projects/dset/configs/dset_dinov3_s_coco.py
 
 clean:
 	rm -rf .venv .venv-oldest output build *.egg-info

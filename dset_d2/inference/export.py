@@ -120,20 +120,15 @@ class Graph(nn.Module):
         return tuple(outputs[name] for name in OUTPUTS["raw"])
 
 
-@torch.no_grad()
 def trace(model: DETRDetector, info: ExportInfo) -> ExportedProgram:
-    """The graph of an optimised model for batches of any length.
+    """The graph of a model, which is optimised, for batches of any length.
 
     Raises:
         ValueError: if a dynamic size is asked for and some part of the model needs to know it.
     """
-    dims: dict[int, Dim] = {0: Dim("batch", min=1, max=MAX_BATCH)}
-    if info.dynamic_size:
-        dims |= {2: info.divisor * Dim("rows", min=2), 3: info.divisor * Dim("columns", min=2)}
-    images = torch.zeros(2, 3, *info.image_size, dtype=torch.uint8)
     graph = Graph(optimize_for_inference(model).cpu(), info.outputs)
     try:
-        return torch.export.export(graph, (images,), dynamic_shapes=(dims,), strict=False)
+        return capture(graph, info)
     except Exception as error:  # of several kinds
         if not info.dynamic_size:
             raise
@@ -141,6 +136,16 @@ def trace(model: DETRDetector, info: ExportInfo) -> ExportedProgram:
             "dynamic_size=True: the model has a part, such as a pruner of tokens, that needs to "
             "know the size; export it for one size"
         ) from error
+
+
+@torch.no_grad()
+def capture(graph: nn.Module, info: ExportInfo) -> ExportedProgram:
+    """The operators of a module that takes (B, 3, H, W) uint8 images."""
+    dims: dict[int, Dim] = {0: Dim("batch", min=1, max=MAX_BATCH)}
+    if info.dynamic_size:
+        dims |= {2: info.divisor * Dim("rows", min=2), 3: info.divisor * Dim("columns", min=2)}
+    images = torch.zeros(2, 3, *info.image_size, dtype=torch.uint8)
+    return torch.export.export(graph, (images,), dynamic_shapes=(dims,), strict=False)
 
 
 def export_detector(

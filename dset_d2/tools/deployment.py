@@ -1,0 +1,258 @@
+"""Deployed speed: detectors in PyTorch, compiled, and as files for onnxruntime and OpenVINO.
+
+    python -m dset_d2.tools.deployment --output output/deployment \\
+        --config-file configs/rtdetr/rtdetrv2_r18_coco.py configs/dfine/dfine_s_coco.py \\
+        projects/dset/configs/dset_s_dair_v2x.py projects/dset/configs/dset_dinov3_s_coco.py \\
+        --trained projects/dset/configs/dset_r18_roadside.py output/demo/model_best.pth
+
+times every form of every config in turn, round by round (A B C A B C ...), beside the same networks
+of transformers where it has them, with random weights on noise images of dataloader.image_size.
+What a runtime cannot run is left blank, and why is told. --trained CONFIG WEIGHTS evaluates each
+form of a trained model on its test set: what it costs in AP. int8 is OpenVINO's, with a decoder in
+float32; it is calibrated on noise, but where it is evaluated on images of the training set.
+The folder gets deployment.md and deployment.json.
+"""
+
+import platform
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from detectron2.evaluation import inference_on_dataset
+from tabulate import tabulate
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..analysis import measure
+from ..analysis.peers import PEERS, Peer
+from ..files import write_atomically
+from ..inference import ExportedDetector, ExportInfo, export_detector, optimize_for_inference
+from ..inference.export import FORMATS, capture, onnx_model
+from .common import (
+    ConfigToolParser,
+    build,
+    build_model,
+    class_names,
+    describe_device,
+    entry_point,
+    image_size,
+    in_one_line,
+    load_weights,
+    noise_image,
+    read_config,
+    read_configs,
+    read_images,
+    usage_errors,
+    write_json,
+)
+
+Detector = Callable[[list[dict]], list[dict]]
+CALIBRATION = 32  # images
+WARMUP = 3  # rounds
+LIBRARIES = ("torch", "transformers", "onnxruntime", "openvino", "nncf")
+
+
+@dataclass
+class Subject:
+    """A model that is deployed in several forms.
+
+    Attributes:
+        folder: takes the files.
+        calibration: (3, H, W) uint8 images.
+        errors: why forms could not be made, by their names.
+    """
+
+    model: nn.Module
+    classes: tuple[str, ...]
+    size: tuple[int, int]
+    folder: Path
+    calibration: list[Tensor]
+    peer: Callable[[], nn.Module] | None = None
+    errors: dict[str, str] = field(default_factory=dict)
+
+    def info(self, precision: str = "float32") -> ExportInfo:
+        count = getattr(self.model, "max_detections", 300)
+        divisor = self.model.size_divisibility
+        return ExportInfo(
+            self.classes, self.size, max_detections=count, divisor=divisor, precision=precision
+        )
+
+    def exported(self, format: str, precision: str = "float32") -> Detector:
+        path = self.folder / f"{format}_{precision}{FORMATS[format]}"
+        info = self.info(precision)
+        calibration = self.calibration if precision == "int8" else []
+        export_detector(self.model, path, format, info, calibration)
+        return ExportedDetector(path)
+
+    def make(self, form: str) -> Detector | None:
+        """The form, or None with the reason among the errors."""
+        if self.peer is None and form.startswith("transformers"):
+            return None
+        try:
+            return FORMS[form](self)
+        except Exception as error:  # of all the libraries
+            self.errors[form] = in_one_line(error)
+            return None
+
+
+def compiled(subject: Subject) -> Detector:
+    torch._inductor.config.freezing = True  # weights are constants
+    model = optimize_for_inference(subject.model)
+    model.predict = torch.compile(model.predict, fullgraph=True, dynamic=False)
+    model([{"image": noise_image(*subject.size, seed=0)}])  # what cannot be compiled fails here
+    return model
+
+
+def exported_peer(subject: Subject) -> Detector:
+    info = subject.info()
+    proto = onnx_model(capture(Peer(subject.peer()).graph, info), info)
+    path = subject.folder / "peer.onnx"
+    write_atomically(path, lambda file: file.write(proto.SerializeToString()))
+    return ExportedDetector(path)
+
+
+FORMS: dict[str, Callable[[Subject], Detector]] = {
+    "transformers": lambda subject: Peer(subject.peer()),
+    "transformers, onnxruntime": exported_peer,
+    "eager": lambda subject: subject.model,
+    "optimised": lambda subject: optimize_for_inference(subject.model),
+    "compiled": compiled,
+    "onnxruntime": lambda subject: subject.exported("onnx"),
+    "openvino": lambda subject: subject.exported("openvino"),
+    "int8": lambda subject: subject.exported("openvino", "int8"),
+}
+
+
+def time_forms(subjects: dict[str, Subject], batch_sizes: list[int], rounds: int) -> list[dict]:
+    """A row per model, form and batch; times in seconds, None where there is no such form."""
+    forms = {
+        (name, form): subject.make(form) for name, subject in subjects.items() for form in FORMS
+    }
+    rows = []
+    for batch in batch_sizes:
+        calls = {}
+        for (name, form), detector in forms.items():
+            size = subjects[name].size
+            inputs = [{"image": noise_image(*size, seed=seed)} for seed in range(batch)]
+            if detector is not None:
+                calls[f"{name}\n{form}"] = partial(detector, inputs)
+        with torch.inference_mode():
+            latencies = measure(calls, rounds, min(WARMUP, rounds))
+        for name, form in forms:
+            row = {"config": name, "form": form, "batch_size": batch, "seconds": None}
+            if latency := latencies.get(f"{name}\n{form}"):
+                row |= {"seconds": latency.median, "quartiles": latency.quartiles}
+            rows.append(row | {"error": subjects[name].errors.get(form)})
+    return rows
+
+
+def evaluate_forms(cfg, subject: Subject) -> dict[str, float]:
+    """AP of each form of a trained model on its test set."""
+    scores = {}
+    for form in FORMS:
+        detector = subject.make(form)
+        if detector is not None:
+            loader, evaluator = build(cfg, "dataloader.test"), build(cfg, "dataloader.evaluator")
+            with torch.inference_mode():
+                scores[form] = inference_on_dataset(detector, loader, evaluator)["bbox"]["AP"]
+    return scores
+
+
+def cpu_features() -> list[str]:
+    """Instructions that deep networks use, of the CPU that Linux describes; else none."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n")[0].split())
+    except (OSError, IndexError):
+        return []
+    known = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+    return [flag for flag in known if flag in flags]
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def table(rows: list[dict], scores: dict[str, float] | None) -> str:
+    """Milliseconds, and the speed beside eager and beside the peer of the same model and batch."""
+    seconds = {(x["config"], x["form"], x["batch_size"]): x["seconds"] for x in rows}
+    lines = []
+    for row in rows:
+        name, form, batch, own = (row[key] for key in ("config", "form", "batch_size", "seconds"))
+        if own is None and row["error"] is None:
+            continue  # a network that the peer does not have
+        ratios = (seconds[name, other, batch] for other in ("eager", "transformers"))
+        cells = [f"{other / own:.2f}" if own and other else "" for other in ratios]
+        lines.append((name, form, batch, f"{1e3 * own:.1f}" if own else "", *cells))
+    columns = ("config", "form", "batch", "ms", "times eager's speed", "times transformers'")
+    text = tabulate(lines, columns, tablefmt="github", disable_numparse=True)
+    if scores:
+        found = [(form, f"{score:.2f}") for form, score in scores.items()]
+        found_table = tabulate(found, ("form", "AP"), tablefmt="github", disable_numparse=True)
+        text += f"\n\n{found_table}"
+    errors = {f"{x['config']}, {x['form']}: {x['error']}" for x in rows if x["error"]}
+    return "\n\n".join([text, *sorted(errors)])
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> None:
+    parser = ConfigToolParser(__doc__, several=True)
+    parser.add_argument("--output", type=Path, required=True, help="folder")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--trained", nargs=2, metavar=("CONFIG", "WEIGHTS"), help="gives the AP")
+    args = parser.parse_args(argv)
+    if min(args.rounds, *args.batch_size) < 1:
+        parser.error("--rounds and --batch-size must be positive")
+
+    configs = read_configs(args.config_file, args.opts, "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        subjects = {}
+        for name, cfg in tqdm(configs.items(), desc="models"):
+            place = Path(folder, str(len(subjects)))
+            place.mkdir()
+            size = image_size(cfg)
+            noise = [noise_image(*size, seed=seed) for seed in range(CALIBRATION)]
+            model = build_model(cfg).eval()
+            classes = tuple(class_names(cfg))
+            subjects[name] = Subject(model, classes, size, place, noise, PEERS.get(name))
+        rows = time_forms(subjects, args.batch_size, args.rounds)
+        scores = None
+        if args.trained:
+            path, weights = args.trained
+            cfg = read_config(path, [f"train.output_dir={args.output / 'evaluation'}"], "cpu")
+            model = build_model(cfg).eval()
+            load_weights(model, weights, whole=True)
+            mapper, source = (
+                build(cfg, "dataloader.test.mapper"), build(cfg, "dataloader.train.dataset"),
+            )  # fmt: skip
+            images = [mapper(x)["image"] for x, _ in read_images(source[:CALIBRATION])]
+            place = Path(folder, "trained")
+            place.mkdir()
+            with usage_errors("--trained"):
+                classes = tuple(class_names(cfg))
+                subject = Subject(model, classes, image_size(cfg), place, images)
+                scores = evaluate_forms(cfg, subject)
+    head = f"{describe_device('cpu')}; {platform.processor() or platform.machine()}"
+    about = {"device": head, "features": cpu_features(), "versions": versions()}
+    about |= {"rounds": args.rounds, "trained": args.trained}
+    text = table(rows, scores)
+    features, libraries = " ".join(about["features"]), " ".join(map("=".join, versions().items()))
+    text = f"{head}; {features}; {libraries}; {args.rounds} rounds\n\n{text}\n"
+    args.output.mkdir(parents=True, exist_ok=True)
+    write_json(args.output / "deployment.json", about | {"results": rows, "AP": scores})
+    write_atomically(args.output / "deployment.md", lambda file: file.write(text.encode()))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
