@@ -297,7 +297,7 @@ class ExportedDetector:
         """As :meth:`MetaArch.forward` in inference; images of one shape run as one batch.
 
         Raises:
-            ValueError: on an image of a size that the file is not made for.
+            ValueError: on an image of a size or type that the file is not made for.
         """
         groups = defaultdict(list)
         for index, x in enumerate(batched_inputs):
@@ -313,6 +313,8 @@ class ExportedDetector:
         return found
 
     def checked_size(self, image: Tensor) -> tuple[int, int]:
+        if image.dtype != torch.uint8:
+            raise ValueError(f"an image of {image.dtype}: the file takes torch.uint8")
         height, width = image.shape[1:]
         info = self.info
         if (height, width) == info.image_size:

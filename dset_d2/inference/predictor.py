@@ -44,7 +44,7 @@ class Predictor:
         classes: Sequence[str] = (),
     ) -> None:
         self.detector = detector.eval() if isinstance(detector, nn.Module) else detector
-        self.resize = resize or T.NoOpTransform()
+        self.resize = T.NoOpTransform() if resize is None else resize
         self.classes = tuple(classes)
 
     @classmethod

@@ -46,10 +46,10 @@ from .common import (
     entry_point,
     image_files,
     image_size,
+    in_one_line,
     load_weights,
     read_config,
     read_images,
-    usage_errors,
 )
 
 
@@ -132,9 +132,11 @@ def main(argv: list[str] | None = None) -> None:
         calibration = [mapper(x)["image"] for x, _ in read_images(chosen)]
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with usage_errors("--format" if args.format != "torch_export" else "--output"):
+    try:
         info = describe(cfg, model, args)
         export_detector(model, args.output, args.format, info, calibration)
+    except (ImportError, ValueError) as error:
+        raise UsageError(in_one_line(error)) from error
     traced = args.format == "torch_export"
     exported = TracedDetector(args.output) if traced else ExportedDetector(args.output)
     shares = compare(model, exported, inputs)

@@ -9,7 +9,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.registry import locate
 
+import dset_d2
+from dset_d2.config import apply_overrides
 from dset_d2.evaluation import FastCOCOEvaluator, fast_coco
 
 IMAGES, CLASSES = 12, 5  # of which the last has no object, and the last but one no detection
@@ -98,6 +101,13 @@ def test_no_detections(data, tmp_path):
         results(kind(data, ("bbox",), False), pairs) for kind in (COCOEvaluator, FastCOCOEvaluator)
     )
     np.testing.assert_equal(fast, slow)
+
+
+def test_one_override_turns_it_on():
+    cfg = dset_d2.get_config("configs/rtdetr/rtdetrv2_r18_coco.py")
+    override = "dataloader.evaluator._target_=dset_d2.evaluation.FastCOCOEvaluator"
+    node = apply_overrides(cfg, [override]).dataloader.evaluator
+    assert locate(node._target_) is FastCOCOEvaluator
 
 
 def test_what_it_cannot_do_is_told(data, monkeypatch):

@@ -121,6 +121,8 @@ def test_images_of_another_size_are_refused(exported):
     _, path = exported
     with pytest.raises(ValueError, match="an image of 64 x 64: the file takes 96 x 128 only"):
         ExportedDetector(path)(make_inputs([(64, 64)]))
+    with pytest.raises(ValueError, match="an image of torch.float32: the file takes torch.uint8"):
+        ExportedDetector(path)([{"image": torch.zeros(3, *SIZE)}])
 
 
 def experts(dispatch: str) -> nn.Module:
