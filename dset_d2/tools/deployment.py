@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
 
     configs = read_configs(args.config_file, args.opts, "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        subjects = {}
+        subjects: dict[str, Subject] = {}
         for name, cfg in tqdm(configs.items(), desc="models"):
             place = Path(folder, str(len(subjects)))
             place.mkdir()

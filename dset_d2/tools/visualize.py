@@ -121,7 +121,7 @@ class VideoWriter:
     def add(self, picture: np.ndarray) -> None:
         """Append (H, W, 3) RGB uint8."""
         if self.writer is None:
-            size, code = picture.shape[1::-1], cv2.VideoWriter_fourcc(*"mp4v")
+            size, code = picture.shape[1::-1], cv2.VideoWriter.fourcc(*"mp4v")
             self.writer = cv2.VideoWriter(str(self.path), code, self.rate, size)
             if not self.writer.isOpened():
                 raise UsageError(f"{self.path}: OpenCV cannot write this video")

@@ -310,9 +310,9 @@ class DINOv3(PretrainedBackbone):
 
 def scale_rows(linear: nn.Linear, factors: Tensor) -> None:
     """Let a layer multiply its outputs by factors of their own, in place."""
-    linear.weight *= factors[:, None]
+    linear.weight.mul_(factors[:, None])
     if linear.bias is not None:
-        linear.bias *= factors
+        linear.bias.mul_(factors)
 
 
 def pruning_places(places: Sequence[dict]) -> list[ViTPruningConfig]:

@@ -217,7 +217,7 @@ class DETRDecoder(Part):
         }
 
     def knob_limits(self) -> dict[str, float]:
-        limits = {"num_queries": self.num_queries}
+        limits: dict[str, float] = {"num_queries": self.num_queries}
         if not any(isinstance(head, nn.Identity) for head in self.dec_score_head):
             limits["decoder_layers"] = self.num_layers
         return limits
