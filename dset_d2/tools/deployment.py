@@ -13,7 +13,6 @@ float32; it is calibrated on noise, but where it is evaluated on images of the t
 The folder gets deployment.md and deployment.json.
 """
 
-import platform
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,9 +22,9 @@ from pathlib import Path
 
 import torch
 from detectron2.evaluation import inference_on_dataset
+from omegaconf import DictConfig
 from tabulate import tabulate
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..analysis import measure
 from ..analysis.peers import PEERS, Peer
@@ -46,7 +45,6 @@ from .common import (
     read_config,
     read_configs,
     read_images,
-    usage_errors,
     write_json,
 )
 
@@ -150,16 +148,33 @@ def time_forms(subjects: dict[str, Subject], batch_sizes: list[int], rounds: int
     return rows
 
 
-def evaluate_forms(cfg, subject: Subject) -> dict[str, float]:
-    """AP of each form of a trained model on its test set."""
-    scores = {}
+def evaluate_forms(path: str, weights: str, output: Path, folder: Path) -> list[dict]:
+    """A row with the AP of each form of a trained model on its config's test set."""
+    cfg = read_config(path, [f"train.output_dir={output / 'evaluation'}"], "cpu")
+    subject = make_subject(path, cfg, folder)
+    load_weights(subject.model, weights, whole=True)
+    mapper = build(cfg, "dataloader.test.mapper")
+    images = build(cfg, "dataloader.train.dataset")[:CALIBRATION]
+    subject.calibration = [mapper(x)["image"] for x, _ in read_images(images)]
+    rows = []
     for form in FORMS:
         detector = subject.make(form)
+        row: dict = {"config": path, "form": form, "AP": None}
         if detector is not None:
             loader, evaluator = build(cfg, "dataloader.test"), build(cfg, "dataloader.evaluator")
             with torch.inference_mode():
-                scores[form] = inference_on_dataset(detector, loader, evaluator)["bbox"]["AP"]
-    return scores
+                row["AP"] = inference_on_dataset(detector, loader, evaluator)["bbox"]["AP"]
+        rows.append(row | {"error": subject.errors.get(form)})
+    return rows
+
+
+def make_subject(name: str, cfg: DictConfig, folder: Path) -> Subject:
+    """A config's model with random weights, and noise to calibrate it on."""
+    folder.mkdir()
+    size = image_size(cfg)
+    noise = [noise_image(*size, seed=seed) for seed in range(CALIBRATION)]
+    classes = tuple(class_names(cfg))
+    return Subject(build_model(cfg).eval(), classes, size, folder, noise, PEERS.get(name))
 
 
 def cpu_features() -> list[str]:
@@ -182,8 +197,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def table(rows: list[dict], scores: dict[str, float] | None) -> str:
-    """Milliseconds, and the speed beside eager and beside the peer of the same model and batch."""
+def table(rows: list[dict], evaluated: list[dict]) -> str:
+    """Milliseconds, and the speed beside eager and beside the peer of the same model and batch; AP;
+    why there are blanks."""
     seconds = {(x["config"], x["form"], x["batch_size"]): x["seconds"] for x in rows}
     lines = []
     for row in rows:
@@ -194,13 +210,15 @@ def table(rows: list[dict], scores: dict[str, float] | None) -> str:
         cells = [f"{other / own:.2f}" if own and other else "" for other in ratios]
         lines.append((name, form, batch, f"{1e3 * own:.1f}" if own else "", *cells))
     columns = ("config", "form", "batch", "ms", "times eager's speed", "times transformers'")
-    text = tabulate(lines, columns, tablefmt="github", disable_numparse=True)
+    texts = [tabulate(lines, columns, tablefmt="github", disable_numparse=True)]
+    scores = [(row["form"], f"{row['AP']:.2f}") for row in evaluated if row["AP"] is not None]
     if scores:
-        found = [(form, f"{score:.2f}") for form, score in scores.items()]
-        found_table = tabulate(found, ("form", "AP"), tablefmt="github", disable_numparse=True)
-        text += f"\n\n{found_table}"
-    errors = {f"{x['config']}, {x['form']}: {x['error']}" for x in rows if x["error"]}
-    return "\n\n".join([text, *sorted(errors)])
+        columns = "form", f"AP of {evaluated[0]['config']}"
+        texts.append(tabulate(scores, columns, tablefmt="github", disable_numparse=True))
+    failed = [row for row in [*rows, *evaluated] if row["error"]]
+    return "\n\n".join(
+        texts + sorted({f"{x['config']}, {x['form']}: {x['error']}" for x in failed})
+    )
 
 
 @entry_point
@@ -216,40 +234,24 @@ def main(argv: list[str] | None = None) -> None:
 
     configs = read_configs(args.config_file, args.opts, "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        subjects: dict[str, Subject] = {}
-        for name, cfg in tqdm(configs.items(), desc="models"):
-            place = Path(folder, str(len(subjects)))
-            place.mkdir()
-            size = image_size(cfg)
-            noise = [noise_image(*size, seed=seed) for seed in range(CALIBRATION)]
-            model = build_model(cfg).eval()
-            classes = tuple(class_names(cfg))
-            subjects[name] = Subject(model, classes, size, place, noise, PEERS.get(name))
-        rows = time_forms(subjects, args.batch_size, args.rounds)
-        scores = None
+        subjects = {
+            name: make_subject(name, cfg, Path(folder, str(index)))
+            for index, (name, cfg) in enumerate(configs.items())
+        }
+        rows, evaluated = time_forms(subjects, args.batch_size, args.rounds), []
         if args.trained:
-            path, weights = args.trained
-            cfg = read_config(path, [f"train.output_dir={args.output / 'evaluation'}"], "cpu")
-            model = build_model(cfg).eval()
-            load_weights(model, weights, whole=True)
-            mapper, source = (
-                build(cfg, "dataloader.test.mapper"), build(cfg, "dataloader.train.dataset"),
-            )  # fmt: skip
-            images = [mapper(x)["image"] for x, _ in read_images(source[:CALIBRATION])]
-            place = Path(folder, "trained")
-            place.mkdir()
-            with usage_errors("--trained"):
-                classes = tuple(class_names(cfg))
-                subject = Subject(model, classes, image_size(cfg), place, images)
-                scores = evaluate_forms(cfg, subject)
-    head = f"{describe_device('cpu')}; {platform.processor() or platform.machine()}"
-    about = {"device": head, "features": cpu_features(), "versions": versions()}
-    about |= {"rounds": args.rounds, "trained": args.trained}
-    text = table(rows, scores)
-    features, libraries = " ".join(about["features"]), " ".join(map("=".join, versions().items()))
-    text = f"{head}; {features}; {libraries}; {args.rounds} rounds\n\n{text}\n"
+            evaluated = evaluate_forms(*args.trained, args.output, Path(folder, "trained"))
+    about: dict = {
+        "device": describe_device("cpu"),
+        "features": cpu_features(),
+        "versions": versions(),
+        "rounds": args.rounds,
+    }
+    libraries = [f"{name} {number}" for name, number in about["versions"].items()]
+    head = [about["device"], " ".join(about["features"]), *libraries, f"{args.rounds} rounds"]
+    text = f"{'; '.join(filter(None, head))}\n\n{table(rows, evaluated)}\n"
     args.output.mkdir(parents=True, exist_ok=True)
-    write_json(args.output / "deployment.json", about | {"results": rows, "AP": scores})
+    write_json(args.output / "deployment.json", about | {"speed": rows, "AP": evaluated})
     write_atomically(args.output / "deployment.md", lambda file: file.write(text.encode()))
     print(text)
 
