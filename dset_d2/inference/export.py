@@ -25,6 +25,7 @@ from ..files import write_atomically
 from ..modeling import DETRDetector
 from ..modeling.layers import check_choice
 from ..modeling.meta_arch import Detections, best_detections, to_instances
+from ..modeling.sparse import MemoryPruner, TokenPruner
 from .optimize import optimize_for_inference
 
 FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch_export": ".pt2"}
@@ -126,16 +127,17 @@ def trace(model: DETRDetector, info: ExportInfo) -> ExportedProgram:
     Raises:
         ValueError: if a dynamic size is asked for and some part of the model needs to know it.
     """
+    refusal = "dynamic_size=True: the model has a part that needs to know the size"
+    pruners = [m for m in model.modules() if isinstance(m, TokenPruner | MemoryPruner)]
+    if info.dynamic_size and pruners:  # they keep a number of tokens
+        raise ValueError(f"{refusal}: {pruners[0].record_name}")
     graph = Graph(optimize_for_inference(model).cpu(), info.outputs)
     try:
         return capture(graph, info)
     except Exception as error:  # of several kinds
         if not info.dynamic_size:
             raise
-        raise ValueError(
-            "dynamic_size=True: the model has a part, such as a pruner of tokens, that needs to "
-            "know the size; export it for one size"
-        ) from error
+        raise ValueError(refusal) from error
 
 
 @torch.no_grad()

@@ -124,6 +124,10 @@ def main(argv: list[str] | None = None) -> None:
     mapper = build(cfg, "dataloader.test.mapper")
     inputs = [mapper(x) for x, _ in read_images(images)]
 
+    if args.dynamic_size:  # compared at two
+        divisor = model.size_divisibility
+        inputs += [x | {"image": x["image"][:, :-divisor, :-divisor]} for x in inputs[:1]]
+
     calibration = []
     if args.int8:
         source = others or build(cfg, "dataloader.train.dataset")
