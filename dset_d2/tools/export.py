@@ -22,6 +22,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from omegaconf import DictConfig
 from tqdm import tqdm
@@ -125,8 +126,8 @@ def main(argv: list[str] | None = None) -> None:
     inputs = [mapper(x) for x, _ in read_images(images)]
 
     if args.dynamic_size:  # compared at two
-        divisor = model.size_divisibility
-        inputs += [x | {"image": x["image"][:, :-divisor, :-divisor]} for x in inputs[:1]]
+        edge = (0, model.size_divisibility) * 2
+        inputs += [x | {"image": F.pad(x["image"], edge)} for x in inputs[:1]]
 
     calibration = []
     if args.int8:

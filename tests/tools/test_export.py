@@ -69,7 +69,7 @@ def test_wrong_use_is_told(made, tmp_path, capsys):
         (
             [*options, str(tmp_path / "x.onnx"), "--dynamic-size", "--input"]
             + [str(photo(tmp_path / "a.png")), "--", *TINY],
-            "dynamic_size=True: the model has a part that needs to know the size: pruning/encoder_0",
+            "the model has a part that needs to know the size: pruning/encoder_0",
         ),
     ]
     for words, message in cases:
