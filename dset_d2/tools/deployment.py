@@ -213,8 +213,8 @@ def table(rows: list[dict], evaluated: list[dict]) -> str:
     texts = [tabulate(lines, columns, tablefmt="github", disable_numparse=True)]
     scores = [(row["form"], f"{row['AP']:.2f}") for row in evaluated if row["AP"] is not None]
     if scores:
-        columns = "form", f"AP of {evaluated[0]['config']}"
-        texts.append(tabulate(scores, columns, tablefmt="github", disable_numparse=True))
+        heads = "form", f"AP of {evaluated[0]['config']}"
+        texts.append(tabulate(scores, heads, tablefmt="github", disable_numparse=True))
     failed = [row for row in [*rows, *evaluated] if row["error"]]
     return "\n\n".join(
         texts + sorted({f"{x['config']}, {x['form']}: {x['error']}" for x in failed})
@@ -240,7 +240,8 @@ def main(argv: list[str] | None = None) -> None:
         }
         rows, evaluated = time_forms(subjects, args.batch_size, args.rounds), []
         if args.trained:
-            evaluated = evaluate_forms(*args.trained, args.output, Path(folder, "trained"))
+            path, weights = args.trained
+            evaluated = evaluate_forms(path, weights, args.output, Path(folder, "trained"))
     about: dict = {
         "device": describe_device("cpu"),
         "features": cpu_features(),
