@@ -7,6 +7,7 @@ within it, as JSON (:class:`ExportInfo`).
 """
 
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -207,6 +208,7 @@ def onnx_model(program: ExportedProgram, info: ExportInfo, calibration: Sequence
 def quantised(proto, calibration: Sequence[Tensor]):
     """The model with products of eight bits in backbone and encoder, and the decoder as it was."""
     nncf = library("nncf")
+    nncf.set_log_level(logging.ERROR)  # else it names every operator that is left as it is
     places = {node.name: {p.key: p.value for p in node.metadata_props} for node in proto.graph.node}
     kept = [
         name

@@ -18,6 +18,7 @@ Experts compute only the rows that are routed to them; model.encoder.moe.dispatc
 decoder, backbone) exports the form that runs all experts on all rows instead.
 """
 
+import logging
 import sys
 from pathlib import Path
 
@@ -136,6 +137,7 @@ def main(argv: list[str] | None = None) -> None:
         chosen = [source[index * len(source) // count] for index in range(count)]
         calibration = [mapper(x)["image"] for x, _ in read_images(chosen)]
 
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # of what it does not fold
     args.output.parent.mkdir(parents=True, exist_ok=True)
     try:
         info = describe(cfg, model, args)
