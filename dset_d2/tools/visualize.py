@@ -140,16 +140,15 @@ def make_predictor(weights: str | None, cfg: DictConfig | None) -> Predictor:
     return Predictor(model, mapper.augmentations, class_names(cfg))
 
 
-def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
-
-
 def input_shots(sources: list[str], folder: Path) -> Iterator[Shot]:
     """Those of images and videos."""
     names = dict(zip(sources, output_names(list(map(Path, sources)), folder)))
     frames = sum(read_header(x).frames if is_video(x) else 1 for x in sources)
-    for frame in tqdm(read_frames(sources, warn), "drawing", frames or None):
+    told: list[str] = []  # once the bar is closed
+    for frame in tqdm(read_frames(sources, told.append), "drawing", frames or None):
         yield Shot(names[frame.source], frame)
+    for text in told:
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def test_shots(cfg: DictConfig, num_images: int, folder: Path) -> Iterator[Shot]:

@@ -8,7 +8,6 @@ from detectron2.config import instantiate
 
 import dset_d2
 from dset_d2.analysis.peers import PEERS, Peer
-from dset_d2.config import apply_overrides
 from dset_d2.synthetic import write_dataset
 from dset_d2.tools import deployment
 
@@ -57,12 +56,12 @@ def test_peers_are_the_same_networks(name):
     """As many parameters as ours but for what we leave out, and detections of the same form."""
     pytest.importorskip("transformers")
     path = f"configs/{'rtdetr' if 'r18' in name else 'dfine'}/{name}.py"
-    ours = instantiate(apply_overrides(dset_d2.get_config(path), []).model)
+    ours = instantiate(dset_d2.get_config(path).model)
     theirs = PEERS[name]()
     counts = [sum(p.numel() for p in model.parameters()) for model in (ours, theirs)]
     assert counts[1] == pytest.approx(counts[0], rel=0.01)
     with torch.inference_mode():
-        (found,) = Peer(theirs)(make_inputs([(96, 128)]))
+        (found,) = Peer(theirs)(make_inputs([(160, 224)]))
     instances = found["instances"]
-    assert len(instances) == 300 and instances.image_size == (96, 128)
+    assert len(instances) == 300 and instances.image_size == (160, 224)
     assert (instances.scores.diff() <= 0).all()
