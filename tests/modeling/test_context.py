@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from collections import Counter
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from dset_d2.analysis import count_flops, count_parameters
 from dset_d2.modeling import Knobs, forward_context
 from dset_d2.modeling.context import current, name_parts, place_of
 from dset_d2.modeling.sparse import MemoryPruningConfig, MoE, MoEConfig, ViTPruningConfig
+from dset_d2.modeling.tokens import Padding
 
 from ..conftest import make_inputs, make_targets, sparse_model, tiny_config, tiny_dinov3, tiny_model
 
@@ -140,6 +142,46 @@ def test_between_encode_and_decode_a_controller_may_decide():
     found = model.decode(encoded, knobs=Knobs(decoder_layers=1))
     expected = model.predict(IMAGE, knobs=Knobs(keep_ratio=0.25, decoder_layers=1))
     assert torch.equal(found["pred_boxes"], expected["pred_boxes"])
+
+
+def staged_model(**settings) -> nn.Module:
+    places = [ViTPruningConfig(keep_ratio=0.5, block=2, min_tokens=2)]
+    settings = {"pruning": places, "freeze": None} | settings
+    return tiny_dinov3(moe=MoEConfig(num_experts=4, layers=(0, 3)), **settings).eval()
+
+
+@pytest.mark.parametrize("build", [staged_model, sparse_model])
+@pytest.mark.parametrize("padded", [False, True])
+def test_two_stages_are_one_forward(build, padded):
+    """Whatever is decided behind the first, once or several times; nothing of it runs again."""
+    model = build()
+    padding = Padding(torch.tensor([[128, 96]]), (128, 128)) if padded else None
+    knobs = [Knobs(), Knobs(keep_ratio=0.25, top_k=1, decoder_layers=1), Knobs(keep_ratio=1.0)]
+    if "vit_blocks" in model.knob_limits:
+        knobs.append(Knobs(vit_blocks=4, keep_ratio=0.75))
+    calls: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    with torch.no_grad():
+        expected = [model.predict(IMAGE, padding, k) for k in knobs[1:]]
+        calls.clear()
+        expected.insert(0, model.predict(IMAGE, padding, knobs[0]))
+        whole = dict(calls)
+        del whole["backbone"]  # whose stages are not its call
+        calls.clear()
+        begun = model.begin(IMAGE, padding)
+        found = [model.finish(begun, knobs[0])]
+        del calls["backbone"]
+        assert calls == whole
+        found += [model.finish(begun, k) for k in knobs[1:]]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert len(begun.features) == 1 and begun.features.isfinite().all()
+
+
+def test_a_first_block_that_prunes_is_not_shared():
+    place = ViTPruningConfig(keep_ratio=0.5, block=0, min_tokens=2)
+    with pytest.raises(ValueError, match="block=0 leaves no first block that all settings share"):
+        staged_model(pruning=[place]).begin(IMAGE)
 
 
 @pytest.mark.parametrize(

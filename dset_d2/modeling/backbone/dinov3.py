@@ -22,7 +22,7 @@ from ..freezing import FreezeConfig, Phases, zero_gradients
 from ..layers import activation_name, check_choice
 from ..lora import LoRAConfig, add_lora
 from ..sparse import MoE, MoEConfig, TokenPruner, ViTPruningConfig, moe_layers
-from ..tokens import TokenMap
+from ..tokens import TokenMap, mean_and_deviation
 from .adapters import ADAPTERS, LEVELS, PATCH
 from .base import PretrainedBackbone
 from .layouts import Layout, WindowConfig, pruned_layout, whole_layout, windowed_layout
@@ -53,7 +53,7 @@ class Progress(NamedTuple):
     maps: list[Tensor]
 
 
-class Begun(NamedTuple):
+class FirstBlock(NamedTuple):
     """Images behind the ViT's first block, which no knob changes.
 
     Attributes:
@@ -273,22 +273,21 @@ class DINOv3(Part, PretrainedBackbone):
         size = height, width
         return F.interpolate(x, size, mode="bilinear", antialias=True)
 
-    def begin(self, x: Tensor) -> Begun:
+    def begin(self, x: Tensor) -> FirstBlock:
         """What no knob changes of :meth:`forward`: the embedding and the first block.
 
         Raises:
-            ValueError: if the knob ``keep_ratio`` changes the first block.
+            ValueError: if tokens are pruned in front of the first block.
         """
         if "0" in self.pruners:
             raise ValueError("pruning: block=0 leaves no first block that all settings share")
         x = self.padded(x)
         progress = self.start(self.scaled(x))
         patches = progress.layout.whole(progress.tokens)[:, self.dinov3.num_prefix_tokens :]
-        return Begun(
-            x, progress, mean_and_deviation(patches, replace(progress.where, prefix=0).valid)
-        )
+        valid = replace(progress.where, prefix=0).valid
+        return FirstBlock(x, progress, mean_and_deviation(patches, valid))
 
-    def finish(self, begun: Begun) -> dict[str, Tensor]:
+    def finish(self, begun: FirstBlock) -> dict[str, Tensor]:
         """The rest of :meth:`forward`, by the knobs of the present context."""
         return dict(zip(LEVELS, self.adapter(begun.image, self.go_on(begun.progress))))
 
@@ -413,17 +412,6 @@ class DINOv3(Part, PretrainedBackbone):
                 block, tokens, rope, use_reentrant=False, context_fn=checkpoint_contexts
             )
         return block(tokens, rope)
-
-
-def mean_and_deviation(tokens: Tensor, valid: Tensor | None) -> Tensor:
-    """(B, N, C) -> (B, 2 * C): over the tokens that are image."""
-    if valid is None:
-        variance, mean = torch.var_mean(tokens, dim=1, correction=0)
-    else:
-        weight = (valid / valid.sum(1, keepdim=True).clamp(min=1))[..., None].to(tokens.dtype)
-        mean = (tokens * weight).sum(1)
-        variance = ((tokens - mean[:, None]) ** 2 * weight).sum(1)
-    return torch.cat([mean, variance.sqrt()], dim=1)
 
 
 def pruning_places(places: Sequence[dict]) -> list[ViTPruningConfig]:
