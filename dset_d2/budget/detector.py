@@ -1,6 +1,6 @@
 """Detectors as what a budget's controllers choose settings for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -58,15 +58,16 @@ class DetectorSubject:
         self.settings = [dict(setting) for setting in settings]
 
     @classmethod
-    def of_choices(
-        cls,
-        model: DETRDetector,
-        image_size: Sequence[int],
-        scales: Sequence[float],
-        choices: Mapping[str, Sequence],
+    def of(
+        cls, model: DETRDetector, image_size: Sequence[int], scales: Sequence[float]
     ) -> "DetectorSubject":
-        """With all settings of these scales and values of knobs."""
-        return cls(model, image_size, grid({SCALE: scales, **choices}))
+        """With all settings of these scales and of the knobs that the model is trained for.
+
+        Decoder layers learn by losses of their own, also without a supernet.
+        """
+        layers = range(1, model.decoder.eval_idx + 2)
+        choices = {} if model.supernet is None else model.supernet.choices
+        return cls(model, image_size, grid({SCALE: scales, "decoder_layers": layers} | choices))
 
     @property
     def device(self) -> str:

@@ -36,7 +36,8 @@ class LatencyTable:
 
     Attributes:
         about: ``model`` (its fingerprint), ``device``, ``threads`` and ``torch``, with which it
-            was measured; ``rounds``; ``error``, between two measurements (:func:`compare`);
+            was measured; ``rounds``; ``spans``, the shares of the latency that the knobs change;
+            ``error``, between two measurements (:func:`compare`);
             ``subject``, how to make it of its model again.
         settings: those that are left, the full one first.
         tier: the knob that decides the shape.
@@ -103,7 +104,7 @@ class LatencyTable:
             {"shape": shape, "setting": dict(rest), "p50": times.p50, "p95": times.p95}
             for (shape, rest), times in self.times.items()
         ]
-        content = {"about": self.about, "tier": self.tier, "dropped": self.dropped}
+        content: dict[str, Any] = {"about": self.about, "tier": self.tier, "dropped": self.dropped}
         content |= {"settings": self.settings, "milliseconds": rows}
         text = json.dumps(content, indent=1)
         write_atomically(path, lambda file: file.write(text.encode()))
@@ -180,6 +181,9 @@ def measure_table(
     table = LatencyTable(about, settings, subject.tier, first)
     rows = torch.stack([table.of(subject, item)[0] for item in items])
     settings, dropped = drop_knobs(settings, rows.numpy())
+    left = [table.settings.index(setting) for setting in settings]
+    rows = rows[:, left]
+    about["spans"] = {k: span(settings, rows.numpy(), k) for k in varied_knobs(settings)}
     kept = {key_of({k: v for k, v in s.items() if k != subject.tier}) for s in settings}
     shapes = {subject.shape(item, setting) for item in items for setting in settings}
     times = {k: v for k, v in first.items() if k[0] in shapes and k[1] in kept}
@@ -194,8 +198,8 @@ def time_calls(
     calls: dict[tuple[str, Key], Callable[[], object]], rounds: int, warmup: int
 ) -> dict[tuple[str, Key], Times]:
     """Milliseconds of calls that take turns."""
-    found = measure(calls, rounds, warmup)  # type: ignore[type-var]
-    return {name: Times(1e3 * x.median, 1e3 * x.p95) for name, x in found.items()}
+    found = measure({str(name): call for name, call in calls.items()}, rounds, warmup)
+    return {name: Times(1e3 * x.median, 1e3 * x.p95) for name, x in zip(calls, found.values())}
 
 
 def compare(first: dict[Any, Times], again: dict[Any, Times]) -> dict[str, float]:

@@ -81,10 +81,12 @@ class Outcomes:
 
     def look(self, items: Tensor) -> Tensor:
         """The features (n, T, D) of items behind the first stage of every tier."""
-        for item in items.unique().tolist():
-            for tier in range(len(self.space.tiers)):
-                if self.features is None or self.features[item, tier].isnan().any():
-                    self.begin(item, tier)
+        items_here = items.unique()
+        if self.features is None:
+            self.begin(int(items_here[0]), 0)
+        missing = self.features[items_here].isnan().any(2).nonzero()
+        for index, tier in missing.tolist():
+            self.begin(int(items_here[index]), tier)
         assert self.features is not None
         return self.features[items]
 
@@ -106,7 +108,7 @@ class Outcomes:
     def save(self) -> None:
         if self.file is None:
             return
-        content = {"quality": self.quality.numpy(), "labels": self.label()}
+        content: dict[str, Any] = {"quality": self.quality.numpy(), "labels": self.label()}
         if self.features is not None:
             content["features"] = self.features.numpy()
         self.file.parent.mkdir(parents=True, exist_ok=True)
