@@ -57,8 +57,9 @@ class Predictor:
     ) -> None:
         table = table if isinstance(table, LatencyTable) else LatencyTable.load(table)
         self.table = table
-        self.subject = DetectorSubject(model, table.about["subject"]["image_size"], table.settings)
-        table.check(self.subject)
+        size = table.about["subject"]["image_size"]
+        table.check(DetectorSubject(model, size, []))
+        self.subject = DetectorSubject(model, size, table.settings)
         if isinstance(controller, (str, Path)):
             controller = load_controller(controller)
         if controller is not None and controller.space.settings != table.settings:
