@@ -9,12 +9,15 @@ from detectron2.structures import Instances
 from torch import Tensor
 
 from ..modeling import DETRDetector, Knobs
+from ..modeling.context import Part
 from ..modeling.detector import Begun
 from .latency_table import fingerprint
 from .reward import soft_f1
 from .subject import Setting, grid
 
 SCALE = "scale"
+# What decides how much a sparse part computes.
+CONFIGURED = ("keep_ratio", "min_tokens", "scorer", "placement", "top_k", "slots", "dispatch")
 STRIDE = 16  # pixels between those that the brightness is the mean of
 
 
@@ -74,10 +77,14 @@ class DetectorSubject:
         return str(self.model.device)
 
     def fingerprint(self) -> str:
-        parts = [self.model.knob_limits, self.image_size]
-        backbone = self.model.backbone
-        parts += [getattr(backbone, name, None) for name in ("taps", "windows", "scale")]
-        return fingerprint(self.model, *parts)
+        """Of the parameters, and of what else decides what is computed where no knob says it."""
+        model = self.model
+        settings: list[Any] = [model.knob_limits, model.decoder.eval_idx]
+        settings += [getattr(model.backbone, name, None) for name in ("taps", "windows", "scale")]
+        for name, part in model.named_modules():
+            if isinstance(part, Part) and (config := getattr(part, "config", None)):
+                settings.append([name, *(getattr(config, key, None) for key in CONFIGURED)])
+        return fingerprint(model, *settings)
 
     def describe(self) -> dict:
         return {"image_size": list(self.image_size)}

@@ -44,6 +44,7 @@ class LatencyTable:
         times: by shape and by the setting without its tier.
         dropped: knobs that stay at the full setting's value, with the share of the latency that
             they change.
+        rows: what was looked up before, by the shapes of the tiers.
     """
 
     about: dict[str, Any]
@@ -51,6 +52,7 @@ class LatencyTable:
     tier: str
     times: dict[tuple[str, Key], Times]
     dropped: dict[str, float] = field(default_factory=dict)
+    rows: dict[tuple[str, ...], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def check(self, subject: Subject) -> None:
         """Raise a ``ValueError`` unless the table is of this model, device and threads."""
@@ -89,8 +91,13 @@ class LatencyTable:
 
     def of(self, subject: Subject, item: Any) -> tuple[Tensor, Tensor]:
         """The p50 and the p95 (S,) of all settings for an item, in milliseconds."""
-        times = [self.lookup(subject.shape(item, s), s) for s in self.settings]
-        p50, p95 = torch.tensor(times).T
+        examples = {setting[self.tier]: setting for setting in self.settings}
+        shapes = {tier: subject.shape(item, setting) for tier, setting in examples.items()}
+        found = tuple(shapes.values())
+        if found not in self.rows:
+            times = [self.lookup(shapes[s[self.tier]], s) for s in self.settings]
+            self.rows[found] = torch.tensor(times).T
+        p50, p95 = self.rows[found]
         return p50, p95
 
     def range(self) -> tuple[float, float]:

@@ -46,7 +46,9 @@ from dset_d2.budget import (
     QualityRegression,
     TwoStagePolicy,
     feasible_settings,
+    matched_random,
     measure_table,
+    oracle,
     save_controller,
 )
 from dset_d2.synthetic import write_dataset
@@ -212,12 +214,9 @@ def choices_of(
     items, budgets = torch.arange(count), torch.full((count,), budget)
     chosen = {name: c.decide(outcomes, items, budgets) for name, c in controllers.items()}
     feasible = feasible_settings(outcomes.p95, budgets)
-    # The same mix of settings, which has nothing to do with the images.
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    chosen["random"] = chosen["GRPO"][order]
-    # Of equally good ones the fastest.
-    worth = outcomes.quality - 1e-6 * outcomes.p50
-    chosen["oracle"] = worth.masked_fill(~feasible, -torch.inf).argmax(1)
+    generator = torch.Generator().manual_seed(seed)
+    chosen["random"] = matched_random(chosen["GRPO"], outcomes.p95, generator)
+    chosen["oracle"] = oracle(outcomes.quality, outcomes.p50, feasible)
     chosen["full"] = torch.zeros(count, dtype=torch.long)
     return chosen
 
