@@ -6,13 +6,13 @@ from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from torch import Tensor, nn
 
-from ..arguments import arguments, build, naming_keys
+from ..arguments import arguments, naming_keys
 from .context import Knobs, forward_context
 from .encoder import Encoded
 from .layers import check_choice
 from .meta_arch import MetaArch
 from .registry import build_criterion, build_decoder, build_encoder
-from .sparse import MoEConfig, SwapConfig, swap_ffns
+from .sparse import SwapConfig, swap_config, swap_ffns
 from .tokens import Padding
 
 
@@ -61,18 +61,14 @@ class DETRDetector(MetaArch):
         keys = cfg.MODEL.BACKBONE.NAME.upper()  # of a backbone of this project
         with naming_keys(cfg, f"MODEL.{keys if keys in cfg.MODEL else 'BACKBONE'}"):
             backbone = build_backbone(cfg)
-        decoder, swap = build_decoder(cfg), None
-        if cfg.MODEL.SWAP.MOE.NUM_EXPERTS:
-            moe = build(MoEConfig, cfg, "MODEL.SWAP.MOE")
-            with naming_keys(cfg, "MODEL.SWAP"):
-                swap = SwapConfig(moe, **arguments(SwapConfig, cfg, "MODEL.SWAP"))
+        decoder = build_decoder(cfg)
         return arguments(cls, cfg, "MODEL") | {
             "backbone": backbone,
             "encoder": build_encoder(cfg, backbone.output_shape()),
             "decoder": decoder,
             "criterion": build_criterion(cfg, decoder),
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "swap": swap,
+            "swap": swap_config(cfg),
         }
 
     @property

@@ -23,9 +23,9 @@ from dset_d2.analysis.tracing import count_kernels
 from dset_d2.checkpoint import load_upstream
 from dset_d2.engine.ema import ModelEMA
 from dset_d2.engine.optimizer import build_adamw, parameter_groups
-from dset_d2.modeling import GroundingDINO, TokenCriterion, forward_context
+from dset_d2.modeling import GroundingDINO, Knobs, TokenCriterion, forward_context
 from dset_d2.modeling.prompts import clean, make_prompts, phrases_of
-from dset_d2.modeling.sparse import MoE, MoEConfig
+from dset_d2.modeling.sparse import MoE, MoEConfig, PruningConfig, SwapConfig
 from dset_d2.tools import lazyconfig_train_net
 
 from ..conftest import GROUNDING, PROMPTS, make_inputs, make_targets, tiny_grounding
@@ -441,6 +441,121 @@ def test_experts_inside_of_it_record_and_give_losses():
     )
 
 
+# Sparse.
+
+HALF = PruningConfig(keep_ratio=0.5, min_tokens=2)
+
+
+def encoder_outputs(model: GroundingDINO, images, padding, records=None):
+    """What the image encoder puts out, which the library's network returns as well."""
+    with torch.no_grad(), forward_context(records=records):
+        outputs = model.run(images, padding, model.prompts[0])
+    return outputs.encoder_last_hidden_state_vision, outputs.encoder_last_hidden_state_text
+
+
+def dense_twin(model: GroundingDINO) -> GroundingDINO:
+    twin = copy.deepcopy(model)
+    twin.pruners.clear()
+    return twin
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kept_tokens_see_what_they_would_see_if_the_pruned_ones_stood_still(kind):
+    """Beside a dense run in which the pruned tokens are hidden from the text, and are set back to
+    what they were in front of each deformable attention and behind each layer."""
+    model = tiny_grounding(kind, architecture={"encoder_layers": 2}, pruning=HALF)
+    images, padding = padded_batch(model)
+    records: dict = {}
+    vision, text = encoder_outputs(model, images, padding, records)
+    assert list(records) == [f"pruning/encoder_{level}" for level in range(4)]
+    kept = torch.cat([record.kept_cells() for record in records.values()], 1)
+    assert kept.sum(1).tolist() == [48 + 12 + 3 + 2] * 2  # of 8 x 12, 4 x 6, 2 x 3, 1 x 2
+
+    dense = dense_twin(model)
+    dense.name_parts()
+    entered = []
+
+    def enter(module, args, kwargs):
+        entered.append(kwargs["vision_features"])
+
+    def hide(module, args, kwargs):
+        kwargs["attention_mask_vision"] = kwargs["attention_mask_vision"] | ~kept
+        return args, kwargs
+
+    def set_back(module, args, kwargs):
+        kwargs["hidden_states"] = torch.where(kept[..., None], kwargs["hidden_states"], entered[0])
+        return args, kwargs
+
+    def stand_still(module, args, outputs):
+        (vision, text), attentions = outputs
+        return (torch.where(kept[..., None], vision, entered[0]), text), attentions
+
+    encoder = dense.network.model.encoder
+    encoder.register_forward_pre_hook(enter, with_kwargs=True)
+    for layer in encoder.layers:
+        layer.fusion_layer.register_forward_pre_hook(hide, with_kwargs=True)
+        layer.deformable_layer.register_forward_pre_hook(set_back, with_kwargs=True)
+        layer.register_forward_hook(stand_still)
+    expected = encoder_outputs(dense, images, padding)
+    torch.testing.assert_close(vision, expected[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(text, expected[1], rtol=0, atol=1e-5)
+    assert torch.equal(vision[~kept], entered[0][~kept])
+
+
+@torch.no_grad()
+def test_pruning_answers_to_knobs_and_saves_what_it_prunes():
+    model = tiny_grounding(pruning=HALF)
+    inputs = make_inputs([(64, 96)])
+    images, padding = model.preprocess(inputs)
+    dense = dense_twin(model).predict(images, padding)
+    torch.testing.assert_close(
+        model.predict(images, padding, Knobs(keep_ratio=1.0)), dense, rtol=0, atol=0
+    )
+    assert not torch.equal(model.predict(images, padding)["pred_boxes"], dense["pred_boxes"])
+    ffns = "network.model.encoder.layers.0.deformable_layer.fc1"
+    half, whole = (count_flops(model, inputs, Knobs(keep_ratio=ratio)) for ratio in (0.5, 1.0))
+    assert whole.by_module[ffns] == 128 * 64 * 96 and half.by_module[ffns] == 65 * 64 * 96
+
+
+def test_the_scorers_of_all_levels_learn_from_boxes_and_from_the_task():
+    model = tiny_grounding(pruning=HALF).train()
+    losses = model(make_inputs([(64, 96), (50, 70)]))
+    names = [f"loss_foreground_encoder_{level}" for level in range(4)]
+    assert losses.keys() >= set(names)
+    detection = [loss for name, loss in losses.items() if name not in names]
+    last = [pruner.scorer.layers[-1].weight for pruner in model.pruners["encoder"]]
+    for part in (detection, [losses[name] for name in names]):
+        gradients = torch.autograd.grad(sum(part), last, retain_graph=True)
+        assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_prunings_without_a_place_here_are_errors():
+    with pytest.raises(ValueError, match="scorer='attention' of pruning needs a ViT's"):
+        tiny_grounding(pruning=PruningConfig(0.5, scorer="attention"))
+    with pytest.raises(ValueError, match="placement='after' of pruning must be 'before' here"):
+        tiny_grounding(pruning=PruningConfig(0.5, placement="after"))
+
+
+@pytest.mark.parametrize("method", ["paper", "slots"])
+@torch.no_grad()
+def test_experts_start_from_the_folders_ffns(grounding_folder, method):
+    """Of encoder, text enhancer and decoder, with pruned tokens or without."""
+    inputs = make_inputs([(64, 96), (50, 70)])
+    for pruning in (None, HALF):
+        torch.manual_seed(1)
+        settings = {"folder": grounding_folder, "prompts": PROMPTS, "pruning": pruning}
+        dense = GroundingDINO(**settings).eval()
+        torch.manual_seed(1)
+        layers = ("network.model.encoder.*", "network.model.decoder.*")
+        swap = SwapConfig(MoEConfig(4, 2), method, layers)
+        sparse = GroundingDINO(**settings, swap=swap).eval()
+        assert len([m for m in sparse.modules() if isinstance(m, MoE)]) == 4
+        sparse.pruners.load_state_dict(dense.pruners.state_dict())
+        images, padding = dense.preprocess(inputs)
+        expected = dense.predict(images, padding)
+        torch.testing.assert_close(sparse.predict(images, padding), expected, rtol=0, atol=1e-5)
+
+
 def test_averages_and_checkpoints():
     model = tiny_grounding()
     inputs = make_inputs([(64, 96)])
@@ -503,6 +618,9 @@ def test_keys_of_the_older_configs(grounding_folder):
         ARCHITECTURE=GROUNDING, PROMPTS=["car"], CRITERION={"MATCHER": {"COST_GIOU": 3.0}}
     )
     assert random.network.config.d_model == 64 and random.criterion.matcher.cost_giou == 3.0
+    assert not len(random.pruners)
+    pruned = built(ARCHITECTURE=GROUNDING, PROMPTS=["car"], PRUNING={"KEEP_RATIO": 0.6})
+    assert pruned.pruners["encoder"][3].config == PruningConfig(0.6)
     with pytest.raises(ValueError, match="folder='': name a local folder"):
         built(PROMPTS=["car"])
 
