@@ -28,6 +28,7 @@ from .. import clock
 from ..arguments import arguments, build
 from .context import Knobs, forward_context
 from .criterion import TokenCriterion, TokenMatcher
+from .freezing import rest_frozen, train_only
 from .layers import check_choice
 from .meta_arch import MetaArch
 from .prompts import SPECIAL, Prompt, make_prompts, phrases_of
@@ -75,6 +76,9 @@ class GroundingDINO(MetaArch):
         prompts: in their place, for each class a phrase or several, of which the best one counts.
         text_limit: most tokens of a text; None is the network's own ``max_text_len``.
         criterion: None is upstream's.
+        trainable: patterns (``fnmatch``) of the names of the parameters that are trained; the
+            others are frozen, and modules of the network that have no others stay in evaluation
+            mode. None trains all.
         pixel_mean, pixel_std: normalisation of the RGB input; the default is ImageNet's.
         max_detections, multi_scale, multi_scale_end: see :class:`MetaArch`.
     """
@@ -92,6 +96,7 @@ class GroundingDINO(MetaArch):
         prompts: Sequence[str | Sequence[str]] | None = None,
         text_limit: int | None = None,
         criterion: nn.Module | None = None,
+        trainable: Sequence[str] | None = None,
         pixel_mean: tuple[float, ...] = (123.675, 116.28, 103.53),
         pixel_std: tuple[float, ...] = (58.395, 57.12, 57.375),
         max_detections: int = 300,
@@ -118,6 +123,10 @@ class GroundingDINO(MetaArch):
         self.criterion = criterion or TokenCriterion()
         self.texts: dict[Prompt, Tensor] = {}  # what the text backbone makes of prompts
         self.texts_state: tuple = ()  # of the text backbone when it did
+        self.some_frozen = trainable is not None
+        if trainable is not None:
+            train_only(self, trainable)
+            self.train()
         self.name_parts()
         if prompts is not None or self.dataset_classes():
             _ = self.prompts  # what is wrong with them is an error now
@@ -234,7 +243,10 @@ class GroundingDINO(MetaArch):
 
     def train(self, mode: bool = True) -> "GroundingDINO":
         self.texts = {}
-        return super().train(mode)
+        super().train(mode)
+        if self.some_frozen:
+            rest_frozen(self.network)
+        return self
 
     def _apply(self, fn, recurse: bool = True) -> "GroundingDINO":
         self.texts = {}
