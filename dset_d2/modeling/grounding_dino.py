@@ -27,6 +27,7 @@ from .. import clock
 from ..arguments import arguments, build
 from .context import Knobs, forward_context
 from .criterion import TokenCriterion, TokenMatcher
+from .freezing import rest_frozen, train_only
 from .layers import check_choice
 from .meta_arch import MetaArch
 from .prompts import SPECIAL, Prompt, make_prompts, phrases_of
@@ -79,6 +80,9 @@ class GroundingDINO(MetaArch):
         pruning: prunes tokens of the image in front of the encoder (see :class:`PrunedEncoder`),
             the same share of every level.
         swap: experts in the place of the dense FFNs, wherever they stand.
+        trainable: patterns (``fnmatch``) of the names of the parameters that are trained; the
+            others are frozen, and modules of the network that have no others stay in evaluation
+            mode. None trains all.
         pixel_mean, pixel_std: normalisation of the RGB input; the default is ImageNet's.
         max_detections, multi_scale, multi_scale_end: see :class:`MetaArch`.
     """
@@ -98,6 +102,7 @@ class GroundingDINO(MetaArch):
         criterion: nn.Module | None = None,
         pruning: PruningConfig | None = None,
         swap: SwapConfig | None = None,
+        trainable: Sequence[str] | None = None,
         pixel_mean: tuple[float, ...] = (123.675, 116.28, 103.53),
         pixel_std: tuple[float, ...] = (58.395, 57.12, 57.375),
         max_detections: int = 300,
@@ -134,6 +139,10 @@ class GroundingDINO(MetaArch):
             swap_ffns(self, swap)
         self.texts: dict[Prompt, Tensor] = {}  # what the text backbone makes of prompts
         self.texts_state: tuple = ()  # of the text backbone when it did
+        self.some_frozen = trainable is not None
+        if trainable is not None:
+            train_only(self, trainable)
+            self.train()
         self.name_parts()
         if prompts is not None or self.dataset_classes():
             _ = self.prompts  # what is wrong with them is an error now
@@ -255,7 +264,10 @@ class GroundingDINO(MetaArch):
 
     def train(self, mode: bool = True) -> "GroundingDINO":
         self.texts = {}
-        return super().train(mode)
+        super().train(mode)
+        if self.some_frozen:
+            rest_frozen(self.network)
+        return self
 
     def _apply(self, fn, recurse: bool = True) -> "GroundingDINO":
         self.texts = {}
