@@ -15,6 +15,7 @@ from ..conftest import TINY_RUN, sparse_model, tiny_model
 DSET = "projects/dset/configs/dset_r18_roadside.py"
 DENSE = "configs/rtdetr/rtdetrv2_r18_roadside.py"
 TINY = [*TINY_RUN, "lr_multiplier.warmup_iters=1", "train.max_iter=2"]
+TINY += ["dataloader.test.num_workers=1"]  # a process with a child, as in real runs
 
 
 def test_variants_are_trained_once_and_set_side_by_side(tmp_path, monkeypatch, capsys):
