@@ -85,10 +85,10 @@ def figures(layers: dict[str, dict]) -> Iterator[tuple[str, Figure]]:
         for key, name in (("by_class", "classes"), ("by_size", "sizes")):
             if layer[key] is None:
                 continue
-            groups = layer[key] | {"(background)": layer["background"]}
+            groups = [*layer[key].items(), ("background", layer["background"])]
             blank = [np.nan] * layer["num_experts"]
-            values = np.array([group["load"] or blank for group in groups.values()])
-            rows = [f"{group} ({x['tokens']})" for group, x in groups.items()]
+            values = np.array([x["load"] or blank for _, x in groups])
+            rows = [f"{group} ({x['tokens']})" for group, x in groups]
             title = f"{place}: {name}"
             yield (
                 f"{name}_{place}",
