@@ -5,8 +5,9 @@
 
 draws the first images of the config's test set, ground truth on the left, or those that --input
 names. Each class has one colour, and a legend tells which. Beside NAME.png (detections) a sparse
-model gives NAME_kept_*.png (pruned tokens are dark), NAME_expert_*.png (a colour per expert) and
-experts.png (load and co-activation over all images).
+model gives NAME_kept_*.png (pruned tokens are dark), NAME_expert_*.png (a colour per expert, on the
+cells of its tokens or, for those of the decoder, at the boxes of its queries) and experts.png (load
+and co-activation over all images).
 Names are those of the images, numbered where one would stand for two. The folder of an image that
 is read is no place for pictures.
 """
@@ -16,15 +17,14 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 from ..files import write_atomically
-from ..modeling import forward_context
 from ..visualization import (
     detection_picture,
     mean_statistics,
+    observe,
     plot_routing,
     rendered,
     routing_records,
@@ -54,11 +54,7 @@ def output_names(files: list[Path], folder: Path) -> list[str]:
     Raises:
         UsageError: if the folder holds one of the images.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output {folder}: is a file, not a folder for pictures")
-    for file in files:
-        if folder.resolve() in (file.parent.resolve(), file.resolve().parent):
-            raise UsageError(f"--output {folder}: holds the input {file}; name another folder")
+    check_folder(folder, files)
     names = [file.stem for file in files]
     distinct = len({name.casefold() for name in names}) == len(names)
     if distinct and not any(map(PICTURE.search, names)):
@@ -67,13 +63,21 @@ def output_names(files: list[Path], folder: Path) -> list[str]:
     return [f"{index:0{digits}}_{name}" for index, name in enumerate(names, 1)]
 
 
+def check_folder(folder: Path, files: list[Path]) -> None:
+    """Raise a :class:`UsageError` if pictures in a folder might replace one of the images."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output {folder}: is a file, not a folder for pictures")
+    for file in files:
+        if folder.resolve() in (file.parent.resolve(), file.resolve().parent):
+            raise UsageError(f"--output {folder}: holds the input {file}; name another folder")
+
+
 def save(picture: np.ndarray, path: Path) -> None:
     """Write (H, W, 3) uint8 as PNG; a link in the path's place is replaced, not followed."""
     write_atomically(path, lambda file: Image.fromarray(picture).save(file, format="png"))
 
 
 @entry_point
-@torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     parser = ConfigToolParser(__doc__)
     parser.add_argument("--weights", help="of a run, or released; needless if the config has some")
@@ -105,15 +109,15 @@ def main(argv: list[str] | None = None) -> None:
     for dataset_dict, image in read_images(tqdm(dataset_dicts, desc="drawing")):
         height, width = image.shape[:2]
         inputs = mapper(dataset_dict) | {"height": height, "width": width}
-        with forward_context(record=True) as context:
-            instances = model([inputs])[0]["instances"]
+        seen = observe(model, inputs)
         annotations = dataset_dict.get("annotations")
-        drawn = detection_picture(image, instances, annotations, classes, args.threshold)
+        drawn = detection_picture(image, seen.instances, annotations, classes, args.threshold)
         name = dataset_dict["name"]
         save(drawn, args.output / f"{name}.png")
-        for part, picture in sparsity_pictures(image, context.records).items():
+        pictures = sparsity_pictures(image, seen.records, seen.outputs, args.threshold)
+        for part, picture in pictures.items():
             save(picture, args.output / f"{name}_{part}.png")
-        for place, routing in routing_records(context.records).items():
+        for place, routing in routing_records(seen.records).items():
             routings[place].append(routing)
     if routings:
         save(rendered(plot_routing(mean_statistics(routings))), args.output / "experts.png")
