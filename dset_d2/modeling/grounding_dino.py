@@ -32,7 +32,7 @@ from .layers import check_choice
 from .meta_arch import MetaArch
 from .prompts import SPECIAL, Prompt, make_prompts, phrases_of
 from .sparse import PruningConfig, SwapConfig, TokenPruner, swap_config, swap_ffns
-from .stand_ins import Known, PrunedEncoder, check_pruning, replaced
+from .stand_ins import Known, MapEncoder, check_pruning, replaced
 from .tokens import Padding
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class GroundingDINO(MetaArch):
         prompts: in their place, for each class a phrase or several, of which the best one counts.
         text_limit: most tokens of a text; None is the network's own ``max_text_len``.
         criterion: None is upstream's.
-        pruning: prunes tokens of the image in front of the encoder (see :class:`PrunedEncoder`),
+        pruning: prunes tokens of the image in front of the encoder (see :class:`MapEncoder`),
             the same share of every level.
         swap: experts in the place of the dense FFNs, wherever they stand.
         trainable: patterns (``fnmatch``) of the names of the parameters that are trained; the
@@ -127,14 +127,13 @@ class GroundingDINO(MetaArch):
         self.dataset = [dataset] if isinstance(dataset, str) else list(dataset)
         self.given_prompts = None if prompts is None else phrases_of(plain(prompts))
         self.criterion = criterion or TokenCriterion()
-        self.pruners = nn.ModuleDict()  # by what they prune, as their records are named
+        # By what they prune, as their records are named; one for each level.
+        self.pruners = nn.ModuleDict({"encoder": nn.ModuleList()})
         if pruning is not None:
             check_pruning(pruning)
             config = self.network.config
-            levels = range(config.num_feature_levels)
-            self.pruners["encoder"] = nn.ModuleList(
-                TokenPruner(pruning, config.d_model) for _ in levels
-            )
+            for _ in range(config.num_feature_levels):
+                self.pruners["encoder"].append(TokenPruner(pruning, config.d_model))
         if swap is not None:
             swap_ffns(self, swap)
         self.texts: dict[Prompt, Tensor] = {}  # what the text backbone makes of prompts
@@ -303,9 +302,8 @@ class GroundingDINO(MetaArch):
         }
         if maps is not None:
             parts["model.backbone.conv_encoder"] = Known(maps)
-        for name, pruners in self.pruners.items():
-            part = self.network.get_submodule(f"model.{name}")
-            parts[f"model.{name}"] = PrunedEncoder(part, pruners, padding)
+        encoder = self.network.model.encoder
+        parts["model.encoder"] = MapEncoder(encoder, self.pruners["encoder"], padding)
         network = replaced(self.network, parts)
         if loss_function is not None:
             network.loss_function = loss_function

@@ -1,14 +1,16 @@
 """What stands in for parts of a network of ``transformers`` during one forward."""
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .context import forward_context
 from .sparse import PruningConfig, TokenPruner
-from .tokens import Padding, TokenMap, prune, restore
+from .tokens import Padding, TokenLevels, TokenMap, prune, restore
 
 
 def replaced(module: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
@@ -36,8 +38,9 @@ class Known(nn.Module):
         return self.result
 
 
-class PrunedEncoder(nn.Module):
-    """Stands in for the library's encoder, whose layers then run on the image tokens that are kept.
+class MapEncoder(nn.Module):
+    """Stands in for the library's encoder, whose layers then know on which cells of the image's
+    maps their tokens stand, and run on those that are kept.
 
     The kept ones alone ask deformable attention, are fused with the text and go through FFNs; what
     they sample are all tokens, of which the pruned ones stay what they were in front of the
@@ -45,7 +48,7 @@ class PrunedEncoder(nn.Module):
 
     Args:
         encoder: the library's.
-        pruners: one for each level of its maps.
+        pruners: one for each level of its maps; none keep all tokens.
         padding: which of the images is image; None: all.
     """
 
@@ -67,26 +70,30 @@ class PrunedEncoder(nn.Module):
         **others: Any,
     ) -> Any:
         """As the library's; the image's tokens (B, N, D) are of all levels, finest first."""
-        index, gate = self.choose(vision_features, spatial_shapes_list)
-        tokens = prune(vision_features, index)
-        if gate is not None:
-            tokens = tokens * gate
-        full = vision_features
-        if self.pruners[0].config.restore == "zero":
-            full = torch.zeros_like(full)
-        encoder = self.encoder
-        if index is not None:
-            places = encoder.get_reference_points(
-                spatial_shapes_list, valid_ratios, device=full.device
-            )
-            places = prune(places.flatten(2), index).unflatten(2, places.shape[2:])
-            attentions = {
-                name: WholeValues(module, full, index, ~vision_attention_mask)
-                for name, module in encoder.named_modules()
-                if name.endswith("deformable_layer.self_attn")
-            }
-            encoder = replaced(encoder, attentions)
-            encoder.get_reference_points = lambda *_, **__: places
+        full = tokens = vision_features
+        where = TokenLevels(tuple(TokenMap(shape, self.padding) for shape in spatial_shapes_list))
+        places = self.encoder.get_reference_points(
+            spatial_shapes_list, valid_ratios, device=full.device
+        )
+        index = None
+        if len(self.pruners):
+            index, gate, where = self.choose(tokens, where)
+            tokens = prune(tokens, index)
+            if gate is not None:
+                tokens = tokens * gate
+            if index is not None:
+                places = prune(places.flatten(2), index).unflatten(2, places.shape[2:])
+            if self.pruners[0].config.restore == "zero":
+                full = torch.zeros_like(full)
+        layers: dict[str, nn.Module] = {}
+        for number, layer in enumerate(self.encoder.layers):
+            deformable = layer.deformable_layer
+            if index is not None:
+                values = WholeValues(deformable.self_attn, full, index, ~vision_attention_mask)
+                deformable = replaced(deformable, {"self_attn": values})
+            layers[f"layers.{number}.deformable_layer"] = OnMaps(deformable, where)
+        encoder = replaced(self.encoder, layers)
+        encoder.get_reference_points = lambda *_, **__: places
         outputs = encoder(
             vision_features=tokens,
             vision_attention_mask=prune(vision_attention_mask, index),
@@ -100,25 +107,37 @@ class PrunedEncoder(nn.Module):
         return outputs
 
     def choose(
-        self, tokens: Tensor, shapes: list[tuple[int, int]]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Indices and gates of the kept tokens of all levels; see :class:`TokenPruner`."""
-        levels = tokens.split([height * width for height, width in shapes], dim=1)
-        chosen = [
-            pruner(level, TokenMap(shape, self.padding))
-            for pruner, level, shape in zip(self.pruners, levels, shapes)
-        ]
+        self, tokens: Tensor, where: TokenLevels
+    ) -> tuple[Tensor | None, Tensor | None, TokenLevels]:
+        """Indices and gates of the kept tokens of all levels, see :class:`TokenPruner`, and where
+        these stand."""
+        levels = tokens.split([math.prod(x.shape) for x in where.maps], dim=1)
+        chosen = [pruner(*x) for pruner, *x in zip(self.pruners, levels, where.maps)]
+        kept = TokenLevels(tuple(x.prune(index) for x, (index, _) in zip(where.maps, chosen)))
         gates = [gate for _, gate in chosen if gate is not None]
         gate = torch.cat(gates, 1) if gates else None
         if all(index is None for index, _ in chosen):
-            return None, gate
+            return None, gate, kept
         indices, first = [], 0
         for level, (index, _) in zip(levels, chosen):
             if index is None:
                 index = torch.arange(level.shape[1], device=tokens.device).expand(len(tokens), -1)
             indices.append(index + first)
             first += level.shape[1]
-        return torch.cat(indices, 1), gate
+        return torch.cat(indices, 1), gate, kept
+
+
+class OnMaps(nn.Module):
+    """A deformable layer whose experts know where its tokens stand."""
+
+    def __init__(self, layer: nn.Module, where: TokenLevels) -> None:
+        super().__init__()
+        self.layer = layer
+        self.where = where
+
+    def forward(self, **arguments: Any) -> Any:
+        with forward_context(tokens=self.where):
+            return self.layer(**arguments)
 
 
 class WholeValues(nn.Module):

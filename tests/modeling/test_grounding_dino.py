@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import math
 import shutil
 import socket
 import sys
@@ -455,7 +456,7 @@ def encoder_outputs(model: GroundingDINO, images, padding, records=None):
 
 def dense_twin(model: GroundingDINO) -> GroundingDINO:
     twin = copy.deepcopy(model)
-    twin.pruners.clear()
+    twin.pruners["encoder"] = nn.ModuleList()
     return twin
 
 
@@ -527,6 +528,29 @@ def test_the_scorers_of_all_levels_learn_from_boxes_and_from_the_task():
     for part in (detection, [losses[name] for name in names]):
         gradients = torch.autograd.grad(sum(part), last, retain_graph=True)
         assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("pruning", [None, HALF])
+@torch.no_grad()
+def test_experts_of_the_encoder_know_the_cells_of_their_tokens(pruning):
+    layers = ("network.model.encoder.*",)
+    model = tiny_grounding(pruning=pruning, swap=SwapConfig(MoEConfig(4, 2), layers=layers))
+    with forward_context(record=True) as context:
+        model.predict(*padded_batch(model))
+    words, cells = (context.records[f"moe/{x}_0"] for x in ("text_enhancer_layer", "encoder"))
+    assert words.tokens is None and len(words.routing.experts) == 2 * len(model.prompts[0].ids)
+    maps = cells.tokens.maps
+    assert [where.shape for where in maps] == [(8, 12), (4, 6), (2, 3), (1, 2)]
+    kept = [48, 12, 3, 2] if pruning else [96, 24, 6, 2]
+    assert len(cells.routing.experts) == len(cells.valid) == 2 * sum(kept)
+    # Of the second image, 50 x 70 in 64 x 96, padding takes no part, as far as it was kept.
+    valid = cells.valid.unflatten(0, (2, -1)).split(kept, dim=1)
+    for where, mask in zip(maps, valid):
+        assert mask[0].all()
+        index = torch.arange(math.prod(where.shape)) if where.index is None else where.index[1]
+        inside = where.padding.valid_tokens(*where.shape)[1]
+        assert torch.equal(mask[1], inside[index])
+    assert not valid[0][1].all() or pruning
 
 
 def test_prunings_without_a_place_here_are_errors():
@@ -618,7 +642,7 @@ def test_keys_of_the_older_configs(grounding_folder):
         ARCHITECTURE=GROUNDING, PROMPTS=["car"], CRITERION={"MATCHER": {"COST_GIOU": 3.0}}
     )
     assert random.network.config.d_model == 64 and random.criterion.matcher.cost_giou == 3.0
-    assert not len(random.pruners)
+    assert not len(random.pruners["encoder"])
     pruned = built(ARCHITECTURE=GROUNDING, PROMPTS=["car"], PRUNING={"KEEP_RATIO": 0.6})
     assert pruned.pruners["encoder"][3].config == PruningConfig(0.6)
     with pytest.raises(ValueError, match="folder='': name a local folder"):
