@@ -201,7 +201,8 @@ def vit_with_experts() -> torch.nn.Module:
 
 def grounding_with_experts() -> torch.nn.Module:
     model = tiny_grounding(text_limit=14)
-    swap_ffn_for_moe(model, MoEConfig(4, 2), layers=["*model.decoder*"])
+    patterns = ["network.model.encoder.*", "network.model.decoder.*"]
+    swap_ffn_for_moe(model, MoEConfig(4, 2), layers=patterns)
     return model
 
 
@@ -211,7 +212,11 @@ MODELS = {
         {"encoder_0_0": "cells"} | {f"decoder_{i}": "queries" for i in (0, 1, 2)},
     ),
     "vit": (vit_with_experts, {"backbone_0": "cells", "backbone_3": "cells"}),
-    "grounding": (grounding_with_experts, {"decoder_0": "queries", "decoder_1": "queries"}),
+    "grounding": (
+        grounding_with_experts,
+        {"text_enhancer_layer_0": "others", "encoder_0": "cells"}
+        | {f"decoder_{i}": "queries" for i in (0, 1)},
+    ),
 }
 
 
@@ -241,7 +246,7 @@ def test_models_are_analysed_whatever_images_are_batched_with(name):
         for key in ("tokens", "by_class", "by_size", "background"):
             assert layer[key] == expected[place][key], key
         assert sum(layer["load"]) == pytest.approx(1)
-        if place == "backbone_0":  # in front of which no token is pruned
+        if place in ("backbone_0", "encoder_0"):  # in front of which no token is pruned
             seen = {name for name, group in layer["by_class"].items() if group["tokens"]}
             assert seen == {"abcde"[label] for x in objects for label in x.labels}
             assert 0 < layer["background"]["tokens"] < layer["tokens"]
