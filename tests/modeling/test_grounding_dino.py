@@ -2,13 +2,14 @@
 
 import copy
 import json
-import logging
 import math
 import shutil
 import socket
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -27,7 +28,7 @@ from dset_d2.engine.optimizer import build_adamw, parameter_groups
 from dset_d2.modeling import GroundingDINO, Knobs, TokenCriterion, forward_context
 from dset_d2.modeling.prompts import clean, make_prompts, phrases_of
 from dset_d2.modeling.sparse import MoE, MoEConfig, PruningConfig, SwapConfig
-from dset_d2.tools import lazyconfig_train_net
+from dset_d2.tools import analyze_experts, lazyconfig_train_net, swap_ffn
 
 from ..conftest import GROUNDING, PROMPTS, make_inputs, make_targets, tiny_grounding
 
@@ -35,6 +36,7 @@ pytest.importorskip("transformers", minversion="5.23")
 
 KINDS = ["grounding-dino", "mm-grounding-dino"]
 COCO_CONFIG = "projects/dynamic_dino/configs/grounding_dino_coco.py"
+DYNAMIC_CONFIG = "projects/dynamic_dino/configs/dynamic_dino_coco.py"
 
 
 # Prompts.
@@ -749,32 +751,67 @@ def test_the_library_that_is_missing_is_named(monkeypatch):
         GroundingDINO(architecture=GROUNDING, prompts=PROMPTS)
 
 
-def test_files_in_cocos_format_are_evaluated_as_the_readme_says(
-    grounding_folder, tmp_path, offline, caplog
-):
-    """Zero-shot, with a folder's weights alone."""
-    import cv2
-    import numpy as np
-
+def test_the_five_commands_of_the_projects_page(grounding_folder, tmp_path, offline, capsys):
+    """Zero-shot evaluation with a folder's weights alone, swap, tuning, evaluation, analysis."""
     noise = np.random.default_rng(0).integers(256, size=(60, 90, 3), dtype=np.uint8)
     images = [{"id": i, "file_name": f"{i}.png", "height": 60, "width": 90} for i in (1, 2)]
+    (tmp_path / "images").mkdir()
     for image in images:
-        cv2.imwrite(str(tmp_path / image["file_name"]), noise)
+        cv2.imwrite(str(tmp_path / "images" / image["file_name"]), noise)
     box = {"id": 1, "image_id": 1, "category_id": 7, "bbox": [5, 5, 40, 40]}
     box |= {"area": 1600, "iscrowd": 0}
     categories = [{"id": 3, "name": "Car"}, {"id": 7, "name": "TrafficCone"}]
     content = {"images": images, "annotations": [box], "categories": categories}
-    (tmp_path / "val.json").write_text(json.dumps(content))
-    caplog.set_level(logging.INFO)
+
+    def dataset(part: str) -> list[str]:
+        (tmp_path / f"{part}.json").write_text(json.dumps(content))
+        key = f"dataloader.{part}"
+        return [
+            f"{key}.dataset.names=my_{part}",
+            f"{key}.dataset.json_file={tmp_path / f'{part}.json'}",
+            f"{key}.dataset.image_root={tmp_path / 'images'}",
+            f"{key}.num_workers=0",
+        ]
+
+    common = [f"model.folder={grounding_folder}", *dataset("test")]
+    common += ["dataloader.image_size=[64,96]", "train.device=cpu"]
+    plain, dynamic = (["--config-file", path] for path in (COCO_CONFIG, DYNAMIC_CONFIG))
+
+    def detections(folder: str) -> list[dict]:
+        return json.loads((tmp_path / folder / "coco_instances_results.json").read_text())
+
+    lazyconfig_train_net.run(
+        ["--eval-only", *plain, *common, f"train.output_dir={tmp_path / 'zero'}"]
+    )
+    found = detections("zero")
+    assert {x["category_id"] for x in found} <= {3, 7} and len(found) == 80
+
+    swapped, photos = str(tmp_path / "swapped.pth"), str(tmp_path / "images")
+    swap_ffn.main(["--output", swapped, "--input", photos, *dynamic, "--device", "cpu", *common])
+    changes = [x.split()[3] for x in capsys.readouterr().out.splitlines() if "change by" in x]
+    assert len(changes) == 2 and max(map(float, changes)) < 1e-5
+
+    tuning = [*dataset("train"), f"train.init_checkpoint={swapped}", "train.max_iter=2"]
+    tuning += ["dataloader.train.total_batch_size=2", "train.eval_period=2", "train.report=false"]
+    lazyconfig_train_net.run([*dynamic, *common, *tuning, f"train.output_dir={tmp_path / 'run'}"])
+    weights = tmp_path / "run/model_best.pth"
+    lines = (tmp_path / "run/metrics.json").read_text().splitlines()
+    measured = json.loads(lines[-1])["bbox/AP"]
+
     lazyconfig_train_net.run(
         [
-            *("--eval-only", "--config-file", COCO_CONFIG, f"model.folder={grounding_folder}"),
-            "dataloader.test.dataset.names=mine",
-            f"dataloader.test.dataset.json_file={tmp_path / 'val.json'}",
-            f"dataloader.test.dataset.image_root={tmp_path}",
-            *("dataloader.image_size=[64,96]", "dataloader.test.num_workers=0"),
-            *("train.device=cpu", f"train.output_dir={tmp_path / 'out'}"),
+            *("--eval-only", *dynamic, *common),
+            *(f"train.init_checkpoint={weights}", f"train.output_dir={tmp_path / 'again'}"),
         ]
     )
-    found = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
-    assert {x["category_id"] for x in found} <= {3, 7} and len(found) == 80
+    assert detections("again") == detections("run") and measured == measured
+
+    analyze_experts.main(
+        [
+            *("--output", str(tmp_path / "experts"), "--num-images", "2", "--device", "cpu"),
+            *(*dynamic, "--weights", str(weights), *common),
+        ]
+    )
+    layers = json.loads((tmp_path / "experts/experts.json").read_text())["layers"]
+    assert list(layers) == ["decoder_0", "decoder_1"]
+    assert all(sum(layer["load"]) == pytest.approx(1) for layer in layers.values())
