@@ -1,11 +1,13 @@
 """Grounding DINO: the library's numbers, whose tokens are whose, what is kept, losses, folders."""
 
 import copy
+import io
 import json
 import math
 import shutil
 import socket
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import cv2
@@ -751,7 +753,7 @@ def test_the_library_that_is_missing_is_named(monkeypatch):
         GroundingDINO(architecture=GROUNDING, prompts=PROMPTS)
 
 
-def test_the_five_commands_of_the_projects_page(grounding_folder, tmp_path, offline, capsys):
+def test_the_five_commands_of_the_projects_page(grounding_folder, tmp_path, offline):
     """Zero-shot evaluation with a folder's weights alone, swap, tuning, evaluation, analysis."""
     noise = np.random.default_rng(0).integers(256, size=(60, 90, 3), dtype=np.uint8)
     images = [{"id": i, "file_name": f"{i}.png", "height": 60, "width": 90} for i in (1, 2)]
@@ -787,8 +789,9 @@ def test_the_five_commands_of_the_projects_page(grounding_folder, tmp_path, offl
     assert {x["category_id"] for x in found} <= {3, 7} and len(found) == 80
 
     swapped, photos = str(tmp_path / "swapped.pth"), str(tmp_path / "images")
-    swap_ffn.main(["--output", swapped, "--input", photos, *dynamic, "--device", "cpu", *common])
-    changes = [x.split()[3] for x in capsys.readouterr().out.splitlines() if "change by" in x]
+    with redirect_stdout(io.StringIO()) as printed:
+        swap_ffn.main(["--output", swapped, "--input", photos, *dynamic, "--device=cpu", *common])
+    changes = [x.split()[3] for x in printed.getvalue().splitlines() if "change by" in x]
     assert len(changes) == 2 and max(map(float, changes)) < 1e-5
 
     tuning = [*dataset("train"), f"train.init_checkpoint={swapped}", "train.max_iter=2"]
