@@ -9,7 +9,6 @@ from detectron2.config import CfgNode, get_cfg, instantiate
 from detectron2.engine import SimpleTrainer
 from detectron2.modeling import build_model
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import dset_d2
 from dset_d2.engine.ema import ModelEMA
@@ -18,7 +17,7 @@ from dset_d2.modeling import GroundingDINO
 from dset_d2.modeling.freezing import rest_frozen, train_only
 from dset_d2.modeling.sparse import MoEConfig, swap_ffn_for_moe
 
-from ..conftest import GROUNDING, PROMPTS, in_two_processes, make_inputs, tiny_grounding
+from ..conftest import GROUNDING, PROMPTS, make_inputs, tiny_grounding
 
 PATTERNS = ["*.fusion_layer.*", "*_embed.*"]
 DYNAMIC_CONFIG = "projects/dynamic_dino/configs/dynamic_dino_dair_v2x.py"
@@ -147,19 +146,19 @@ STEPS = 4
 class Batches:
     """Batches by step, so that a resumed run repeats them."""
 
-    def __init__(self, first: int, rank: int) -> None:
-        self.first, self.rank = first, rank
+    def __init__(self, first: int) -> None:
+        self.first = first
 
     def __iter__(self):
         for step in range(self.first, 100):
             torch.manual_seed(step)
-            yield make_inputs([(64, 64)], seed=2 * step + self.rank)
+            yield make_inputs([(64, 64)], seed=step)
 
 
-def make_trainer(model: nn.Module, first: int = 0, rank: int = 0) -> SimpleTrainer:
+def make_trainer(model: nn.Module, first: int = 0) -> SimpleTrainer:
     groups = parameter_groups(getattr(model, "module", model), base_lr=1e-2, weight_decay=0.5)
     optimizer = build_adamw(groups, lr=1e-2, weight_decay=0.5)
-    return SimpleTrainer(model, Batches(first, rank), optimizer)
+    return SimpleTrainer(model, Batches(first), optimizer)
 
 
 def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -194,18 +193,3 @@ def test_averages_and_a_resumed_run_agree():
     trainer.load_state_dict(states["trainer"])
     trainer.train(2, STEPS)
     assert not moved(snapshot(model), snapshot(resumed))
-
-
-def worker(rank: int, folder: str) -> None:
-    model = noisy_model()
-    snapshots = [snapshot(model)]
-    parallel = DistributedDataParallel(model)  # whose next step fails if it missed a gradient
-    make_trainer(parallel, rank=rank).train(0, STEPS)
-    torch.save([*snapshots, snapshot(model)], f"{folder}/{rank}.pt")
-
-
-def test_two_processes_wait_for_what_is_trained_alone(tmp_path):
-    in_two_processes(worker, str(tmp_path))
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    assert not moved(first[1], second[1])  # different images, one model
-    assert moved(*first) == trained_names(noisy_model())
