@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from ..modeling import DETRDetector
 from .controller import BestStatic, Controller, feasible_settings, load_controller
 from .detector import DetectorSubject
 from .latency_table import LatencyTable
-from .subject import Space
+from .subject import Subject
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,46 @@ class Prediction(NamedTuple):
     setting: dict
     milliseconds: float
     expected: float
+
+
+class Execution(NamedTuple):
+    """A run within a budget.
+
+    Attributes:
+        setting: its index in the table.
+        milliseconds: measured, the choice included.
+        expected: the table's p95 of the setting.
+    """
+
+    output: Any
+    setting: int
+    milliseconds: float
+    expected: float
+
+
+def run_within(
+    subject: Subject,
+    table: LatencyTable,
+    controller: Controller | None,
+    item: Any,
+    budget_ms: float,
+) -> Execution:
+    """Run an item in two stages, each under what the controller chooses for it.
+
+    Args:
+        controller: None takes the slowest setting that fits.
+    """
+    start = synchronised_time()
+    p50, p95 = table.of(subject, item)
+    # Where nothing is known of qualities, what takes longer is taken for better.
+    controller = controller or BestStatic(table.space, p50)
+    budget = torch.tensor([budget_ms])
+    feasible = feasible_settings(p95[None], budget)
+    tier = controller.choose_tier(subject.known(item)[None], budget, feasible)
+    state = subject.begin(item, table.space.first(int(tier)))
+    index = int(controller.choose(state.features[None], tier, budget, feasible))
+    output = subject.finish(state, table.settings[index])
+    return Execution(output, index, 1e3 * (synchronised_time() - start), float(p95[index]))
 
 
 class Predictor:
@@ -65,7 +105,6 @@ class Predictor:
         if controller is not None and controller.space.settings != table.settings:
             raise ValueError("the controller chooses among other settings than the latency table's")
         self.controller = controller
-        self.space = Space(table.settings, table.tier)
         self.resize = T.Resize(self.subject.image_size)
 
     def __call__(self, image: str | Path | np.ndarray, budget_ms: float) -> Prediction:
@@ -84,22 +123,12 @@ class Predictor:
 
     def predict(self, item: dict, budget_ms: float) -> Prediction:
         """As a call, of one of Detectron2's dicts with an image of the table's size."""
-        start = synchronised_time()
-        p50, p95 = self.table.of(self.subject, item)
-        # Where nothing is known of qualities, what takes longer is taken for better.
-        controller = self.controller or BestStatic(self.space, p50)
-        budget = torch.tensor([budget_ms])
-        feasible = feasible_settings(p95[None], budget)
-        tier = controller.choose_tier(self.subject.known(item)[None], budget, feasible)
-        state = self.subject.begin(item, self.space.first(int(tier)))
-        index = int(controller.choose(state.features[None], tier, budget, feasible))
-        instances = self.subject.finish(state, self.space.settings[index])
-        elapsed = 1e3 * (synchronised_time() - start)
-        assert isinstance(instances, Instances)
-        if float(p95[index]) > budget_ms:
+        found = run_within(self.subject, self.table, self.controller, item, budget_ms)
+        if found.expected > budget_ms:
             logger.warning(
                 "budget_ms=%.4g is below the fastest setting's %.4g ms, which ran all the same",
                 budget_ms,
-                float(p95[index]),
+                found.expected,
             )
-        return Prediction(instances, self.space.settings[index], elapsed, float(p95[index]))
+        setting = self.table.settings[found.setting]
+        return Prediction(found.output, setting, found.milliseconds, found.expected)

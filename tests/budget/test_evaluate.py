@@ -28,7 +28,7 @@ def test_the_study_from_trained_weights_to_its_tables(script, tmp_path, capsys):
     options = "--train 2 --frames 6 --held-out 3 --size 96 160 --seeds 0 --rounds 1 --budgets 2"
     command = [*options.split(), "--grpo-steps", "3", "--device", "cpu"]
     script.main([*command, "--output", str(tmp_path), *TINY])
-    assert "rank agreement of quality and AP" in capsys.readouterr().out
+    assert "quality and AP agree in rank" in capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
     who = {"static", "random", "regression", "GRPO", "GRPO, notes", "oracle", "full"}
     assert {row["who"] for row in results["rows"]} == who
