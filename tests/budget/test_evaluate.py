@@ -35,7 +35,7 @@ def test_the_study_from_trained_weights_to_its_tables(script, tmp_path, capsys):
     assert len(results["rows"]) == 3 * len(who)  # two seen budgets and one between
     by_who = {(row["who"], row["budget"]): row for row in results["rows"]}
     for (name, budget), row in by_who.items():
-        assert row["measured_ms"] > 0 and 0 <= row["AP"] <= 100
+        assert row["measured_ms"] > 0 and 0 <= row["score"] <= 100
         if name != "full":
             assert row["quality"] <= by_who["oracle", budget]["quality"] + 1e-6
     assert len(json.loads((folder / "quality" / "grpo.json").read_text())) == 3
