@@ -70,28 +70,26 @@ def losses(output: Path) -> dict[int, dict]:
     return {m["iteration"]: m for m in metrics(output) if "total_loss" in m}
 
 
-def test_a_supernet_trains_by_the_stock_launcher(datasets, tmp_path):
-    shape = ["model.backbone.vit={embed_dim:32,depth:8,num_heads:2}"]
-    shape += ["model.backbone.adapter.in_channels=32", "train.max_iter=2", "train.eval_period=2"]
-    result = run(datasets, STOCK, tmp_path, *shape, config=SUPERNET)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert all(row["loss_distillation"] > 0 for row in losses(tmp_path).values())
-    assert torch.load(tmp_path / "model_final.pth", weights_only=True)["model"]["clock.steps"] == 2
-
-
 def test_stock_launcher_trains_resumes_and_evaluates(datasets, tmp_path):
+    """A supernet, whose settings belong to the model."""
+    shape = ["model.backbone.vit={embed_dim:32,depth:8,num_heads:2}"]
+    options = [*shape, "model.backbone.adapter.in_channels=32"]
+
+    def launch(*given: str) -> subprocess.CompletedProcess:
+        result = run(datasets, STOCK, tmp_path, *options, *given, config=SUPERNET)
+        assert result.returncode == 0, result.stderr[-2000:]
+        return result
+
     periods = ["train.eval_period=4", "train.checkpointer.period=4"]
-    result = run(datasets, STOCK, tmp_path, "train.max_iter=4", *periods)
-    assert result.returncode == 0, result.stderr[-2000:]
-    result = run(datasets, STOCK, tmp_path, "--resume", "train.max_iter=6", *periods)
-    assert result.returncode == 0, result.stderr[-2000:]
+    launch("train.max_iter=4", *periods)
+    launch("--resume", "train.max_iter=6", *periods)
     assert sorted(losses(tmp_path)) == [0, 1, 2, 3, 4, 5]
+    assert all(row["loss_distillation"] > 0 for row in losses(tmp_path).values())
     assert any("bbox/AP50" in m for m in metrics(tmp_path))
     state = torch.load(tmp_path / "model_final.pth", weights_only=True)
     assert int(state["model"]["clock.steps"]) == 6
-    final = f"train.init_checkpoint={tmp_path}/model_final.pth"
-    result = run(datasets, STOCK, tmp_path, "--eval-only", final)
-    assert result.returncode == 0 and "copypaste: Task: bbox" in result.stdout
+    result = launch("--eval-only", f"train.init_checkpoint={tmp_path}/model_final.pth")
+    assert "copypaste: Task: bbox" in result.stdout
 
 
 def check_console(stdout: str, folder: Path) -> None:
