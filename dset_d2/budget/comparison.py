@@ -22,12 +22,12 @@ from .controller import (
     feasible_settings,
     matched_random,
     oracle,
+    run_within,
     save_controller,
 )
 from .grpo import GRPO, GRPOConfig
 from .latency_table import LatencyTable
 from .outcomes import Outcomes
-from .predictor import run_within
 from .reward import REWARDS
 
 CURVES = ("reward", "quality", "zero_variance", "entropy", "divergence", "utilisation")

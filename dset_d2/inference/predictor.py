@@ -2,20 +2,16 @@
 
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from detectron2.data import transforms as T
 from detectron2.structures import Instances
 
-from ..analysis.latency import synchronised_time
+from ..budget import Controller, DetectorSubject, LatencyTable, load_controller, run_within
 from ..data.mapper import read_image
 from ..modeling import DETRDetector
-from .controller import BestStatic, Controller, feasible_settings, load_controller
-from .detector import DetectorSubject
-from .latency_table import LatencyTable
-from .subject import Subject
 
 logger = logging.getLogger(__name__)
 
@@ -34,46 +30,6 @@ class Prediction(NamedTuple):
     setting: dict
     milliseconds: float
     expected: float
-
-
-class Execution(NamedTuple):
-    """A run within a budget.
-
-    Attributes:
-        setting: its index in the table.
-        milliseconds: measured, the choice included.
-        expected: the table's p95 of the setting.
-    """
-
-    output: Any
-    setting: int
-    milliseconds: float
-    expected: float
-
-
-def run_within(
-    subject: Subject,
-    table: LatencyTable,
-    controller: Controller | None,
-    item: Any,
-    budget_ms: float,
-) -> Execution:
-    """Run an item in two stages, each under what the controller chooses for it.
-
-    Args:
-        controller: None takes the slowest setting that fits.
-    """
-    start = synchronised_time()
-    p50, p95 = table.of(subject, item)
-    # Where nothing is known of qualities, what takes longer is taken for better.
-    controller = controller or BestStatic(table.space, p50)
-    budget = torch.tensor([budget_ms])
-    feasible = feasible_settings(p95[None], budget)
-    tier = controller.choose_tier(subject.known(item)[None], budget, feasible)
-    state = subject.begin(item, table.space.first(int(tier)))
-    index = int(controller.choose(state.features[None], tier, budget, feasible))
-    output = subject.finish(state, table.settings[index])
-    return Execution(output, index, 1e3 * (synchronised_time() - start), float(p95[index]))
 
 
 class Predictor:
