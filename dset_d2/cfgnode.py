@@ -22,6 +22,7 @@ from .modeling import (
     RTDETRDecoder,
     SetCriterion,
     SpatialTuningAdapter,
+    SupernetConfig,
     TokenCriterion,
     TokenMatcher,
     WindowConfig,
@@ -40,6 +41,7 @@ def add_detr_config(cfg: CfgNode) -> None:
                                   ``MULTI_SCALE_END`` of :class:`DETRDetector`
     ``MODEL.SWAP``                :class:`~dset_d2.modeling.sparse.SwapConfig`, none if
                                   ``NUM_EXPERTS`` of its ``MOE`` is 0
+    ``MODEL.SUPERNET``            :class:`SupernetConfig`, none if it has no values of knobs
     ``MODEL.PRESNET``             :class:`PResNet`
     ``MODEL.HGNETV2``             :class:`HGNetv2`
     ``MODEL.DINOV3``              :class:`DINOv3`; ``VIT`` takes timm's arguments as they are
@@ -67,6 +69,7 @@ def add_detr_config(cfg: CfgNode) -> None:
     ``MODEL.GROUNDING_DINO``      :class:`GroundingDINO`, of which ``MODEL`` has the rest and
                                   ``DATASETS`` the data set; ``ARCHITECTURE`` takes the library's
                                   settings as they are
+      ``.PRUNING``                :class:`PruningConfig`, none if ``KEEP_RATIO`` is 1 or 0
       ``.CRITERION``              :class:`TokenCriterion`, with ``WEIGHTS`` and ``MATCHER``
                                   (:class:`TokenMatcher`)
     ``INPUT``                     ``IMAGE_SIZE`` (height, width; images are stretched to it),
@@ -88,8 +91,9 @@ def add_detr_config(cfg: CfgNode) -> None:
     cfg.TEST.DETECTIONS_PER_IMAGE = 300
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
-    cfg.MODEL.update(keys_of(DETRDetector, without=("max_detections", "swap")))
+    cfg.MODEL.update(keys_of(DETRDetector, without=("max_detections", "swap", "supernet")))
     cfg.MODEL.SWAP = keys_of(SwapConfig, MOE=keys_of(MoEConfig, NUM_EXPERTS=0))
+    cfg.MODEL.SUPERNET = keys_of(SupernetConfig)
     add_backbones(cfg.MODEL)
     cfg.MODEL.ENCODER = keys_of(
         HybridEncoder,
@@ -152,10 +156,11 @@ def add_backbones(node: CfgNode) -> None:
 def add_grounding_dino(node: CfgNode) -> None:
     """Add the keys of Grounding DINO to those of ``MODEL``."""
     weights = {name.upper(): value for name, value in TokenCriterion.default_weights.items()}
-    elsewhere = ("dataset", "pixel_mean", "pixel_std", "max_detections", "multi_scale")
+    elsewhere = ("dataset", "pixel_mean", "pixel_std", "max_detections", "multi_scale", "swap")
     node.GROUNDING_DINO = keys_of(
         GroundingDINO,
         without=(*elsewhere, "multi_scale_end"),
         ARCHITECTURE=CfgNode(new_allowed=True),
+        PRUNING=keys_of(PruningConfig, KEEP_RATIO=1.0),
         CRITERION=keys_of(TokenCriterion, WEIGHTS=CfgNode(weights), MATCHER=keys_of(TokenMatcher)),
     )

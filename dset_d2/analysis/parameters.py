@@ -1,11 +1,10 @@
-"""Parameters that a model has, those that work on a token, and those that are deployed."""
+"""Parameters that a model has, and those that work on a token."""
 
 from dataclasses import dataclass
 
 from torch import nn
 
-from ..inference import optimize_for_inference
-from ..modeling import DETRDetector, Knobs, forward_context
+from ..modeling import Knobs, forward_context
 from .tracing import Inputs, count_kernels
 
 
@@ -57,18 +56,3 @@ def active_parameters(module: nn.Module, read: set[int], seen: set[int]) -> int:
     seen |= new
     children = sum(active_parameters(child, read, seen) for child in module.children())
     return sum(own[key] for key in new) + children
-
-
-def deployed_parameters(model: DETRDetector) -> dict[str, tuple[int, int]]:
-    """Parameters of a detector as it is trained, and of what
-    :func:`~dset_d2.inference.optimize_for_inference` makes of it, by part; "" is the whole."""
-    deployed = optimize_for_inference(model)
-    counts = {}
-    for name in ("", "backbone", "backbone.dinov3", "backbone.adapter", "encoder", "decoder"):
-        try:
-            parts = model.get_submodule(name), deployed.get_submodule(name)
-        except AttributeError:  # another backbone's parts
-            continue
-        trained, kept = (sum(p.numel() for p in part.parameters()) for part in parts)
-        counts[name] = trained, kept
-    return counts

@@ -1,7 +1,7 @@
 """Trained models as they are deployed."""
 
 from .export import ExportedDetector, ExportInfo, export_detector
-from .optimize import optimize_for_inference
+from .optimize import deployed_parameters, optimize_for_inference
 from .predictor import Prediction, Predictor
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "ExportedDetector",
     "Prediction",
     "Predictor",
+    "deployed_parameters",
     "export_detector",
     "optimize_for_inference",
 ]

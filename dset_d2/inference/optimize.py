@@ -44,3 +44,18 @@ def fuse(module: nn.Module) -> nn.Module:
     if isinstance(module, nn.Sequential):
         fold_neighbours(module)
     return module.fuse() if hasattr(module, "fuse") else module
+
+
+def deployed_parameters(model: MetaArch) -> dict[str, tuple[int, int]]:
+    """Parameters of a detector as it is trained, and of what
+    :func:`optimize_for_inference` makes of it, by part; "" is the whole."""
+    deployed = optimize_for_inference(model)
+    counts = {}
+    for name in ("", "backbone", "backbone.dinov3", "backbone.adapter", "encoder", "decoder"):
+        try:
+            parts = model.get_submodule(name), deployed.get_submodule(name)
+        except AttributeError:  # another backbone's parts
+            continue
+        trained, kept = (sum(p.numel() for p in part.parameters()) for part in parts)
+        counts[name] = trained, kept
+    return counts

@@ -51,6 +51,17 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
+def mean_and_deviation(tokens: Tensor, valid: Tensor | None) -> Tensor:
+    """Of tokens (B, N, C), those that are ``valid`` (B, N), None: all: (B, 2 * C)."""
+    if valid is None:
+        variance, mean = torch.var_mean(tokens, dim=1, correction=0)
+    else:
+        weight = (valid / valid.sum(1, keepdim=True).clamp(min=1))[..., None].to(tokens.dtype)
+        mean = (tokens * weight).sum(1)
+        variance = ((tokens - mean[:, None]) ** 2 * weight).sum(1)
+    return torch.cat([mean, variance.sqrt()], dim=1)
+
+
 def prune(tokens: Tensor | None, index: Tensor | None) -> Tensor | None:
     """Keep some of the tokens, or of what belongs to them: positions, rotations, padding.
 
@@ -106,6 +117,11 @@ class TokenMap:
     prefix: int = 0
 
     @property
+    def maps(self) -> tuple["TokenMap", ...]:
+        """As :class:`TokenLevels` has them."""
+        return (self,)
+
+    @property
     def valid(self) -> Tensor | None:
         """(B, prefix + N) bool, False for tokens on padding; None if there is none."""
         if self.padding is None:
@@ -138,6 +154,32 @@ class TokenMap:
         if self.padding is None:
             return Regions(index.flatten(), count)
         return Regions((index + ~self.valid * count).flatten(), 2 * count)
+
+
+@dataclass(frozen=True)
+class TokenLevels:
+    """Where the tokens of several feature maps stand, one map's after the other's.
+
+    Attributes:
+        maps: of one batch, without prefix.
+    """
+
+    maps: tuple[TokenMap, ...]
+
+    @property
+    def valid(self) -> Tensor | None:
+        """(B, N) bool, False for tokens on padding; None if there is none."""
+        masks = [tokens.valid for tokens in self.maps]
+        return None if masks[0] is None else torch.cat(masks, dim=1)
+
+    def regions(self, size: int, batch: int, device: torch.device) -> "Regions":
+        """As :meth:`TokenMap.regions`; each map has regions of its own."""
+        indices, count = [], 0
+        for tokens in self.maps:
+            regions = tokens.regions(size, batch, device)
+            indices.append(regions.index.unflatten(0, (batch, -1)) + count)
+            count += regions.count
+        return Regions(torch.cat(indices, dim=1).flatten(), count)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,12 @@
 draws the first images of the config's test set, ground truth on the left, or those that --input
 names: files, folders, patterns, videos, and streams by their addresses. Each class has one colour,
 and a legend tells which. Beside NAME.png (detections) a sparse model gives NAME_kept_*.png (pruned
-tokens are dark), NAME_expert_*.png (a colour per expert) and experts.png (load and co-activation
-over all images). A video becomes NAME.mp4. --json-lines writes a line for each image or frame, with
-boxes x1, y1, x2, y2 in pixels. Files that dset_d2.tools.export wrote (.onnx, .xml) need no config.
+tokens are dark), NAME_expert_*.png (a colour per expert, on the cells of its tokens or, for those
+of the decoder, at the boxes of its queries) and experts.png (load and co-activation over all
+images). A video becomes NAME.mp4. --json-lines writes a line for each image or frame, with boxes
+x1, y1, x2, y2 in pixels. Files that dset_d2.tools.export wrote (.onnx, .xml) need no config.
+--budget-ms with a --latency-table of this machine (dset_d2.tools.latency_table) runs each image
+under a setting that fits, chosen by the --controller if there is one.
 Names are those of the images, numbered where one would stand for two. The folder of an image that
 is read is no place for pictures.
 """
@@ -18,7 +21,8 @@ is read is no place for pictures.
 import json
 import re
 import sys
-from collections import defaultdict
+from argparse import Namespace
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,7 +30,6 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-import torch
 from omegaconf import DictConfig
 from PIL import Image
 from tqdm import tqdm
@@ -37,11 +40,13 @@ from ..files import write_atomically
 from ..inference import Prediction, Predictor
 from ..inference.export import RUNTIMES
 from ..inference.predictor import as_record
-from ..modeling import forward_context
+from ..modeling import MetaArch, forward_context
 from ..visualization import (
+    Observation,
     detection_picture,
     draw_detections,
     mean_statistics,
+    observe,
     plot_routing,
     rendered,
     routing_records,
@@ -72,17 +77,22 @@ def output_names(files: list[Path], folder: Path) -> list[str]:
     Raises:
         UsageError: if the folder holds one of the images.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output {folder}: is a file, not a folder for pictures")
-    for file in files:
-        if folder.resolve() in (file.parent.resolve(), file.resolve().parent):
-            raise UsageError(f"--output {folder}: holds the input {file}; name another folder")
+    check_folder(folder, files)
     names = [file.stem for file in files]
     distinct = len({name.casefold() for name in names}) == len(names)
     if distinct and not any(map(PICTURE.search, names)):
         return names
     digits = len(str(len(names)))
     return [f"{index:0{digits}}_{name}" for index, name in enumerate(names, 1)]
+
+
+def check_folder(folder: Path, files: list[Path]) -> None:
+    """Raise a :class:`UsageError` if pictures in a folder might replace one of the images."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output {folder}: is a file, not a folder for pictures")
+    for file in files:
+        if folder.resolve() in (file.parent.resolve(), file.resolve().parent):
+            raise UsageError(f"--output {folder}: holds the input {file}; name another folder")
 
 
 def save(picture: np.ndarray, path: Path) -> None:
@@ -128,16 +138,17 @@ class VideoWriter:
         self.writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
 
 
-def make_predictor(weights: str | None, cfg: DictConfig | None) -> Predictor:
+def make_predictor(cfg: DictConfig | None, args: Namespace) -> Predictor:
     """That of an exported file, or of the config's model."""
-    if weights and Path(weights).suffix in RUNTIMES:
+    if cfg is None:
         with usage_errors("--weights"):
-            return Predictor.from_file(weights)
+            return Predictor.from_file(args.weights)
     model = build_model(cfg)
-    if weights:
-        load_weights(model, weights, whole=True)
-    mapper = build(cfg, "dataloader.test.mapper")
-    return Predictor(model, mapper.augmentations, class_names(cfg))
+    if args.weights:
+        load_weights(model, args.weights, whole=True)
+    resize = build(cfg, "dataloader.test.mapper").augmentations
+    with usage_errors("--budget-ms"):
+        return Predictor(model, args.latency_table, args.controller, resize, class_names(cfg))
 
 
 def input_shots(sources: list[str], folder: Path) -> Iterator[Shot]:
@@ -161,7 +172,6 @@ def test_shots(cfg: DictConfig, num_images: int, folder: Path) -> Iterator[Shot]
 
 
 @entry_point
-@torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     parser = ConfigToolParser(__doc__, required=False)
     parser.add_argument(
@@ -170,18 +180,29 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--input", nargs="+", metavar="SOURCE", help="images, folders, videos, ...")
     parser.add_argument("--num-images", type=int, default=12, help="of the test set")
+    parser.add_argument("--budget-ms", type=float, help="latency that each image may take")
+    parser.add_argument("--latency-table", type=Path, help="what settings take, for --budget-ms")
+    parser.add_argument("--controller", type=Path, help="who chooses; default: the slowest")
     parser.add_argument("--threshold", type=float, default=0.4, help="least score drawn")
     parser.add_argument("--json-lines", type=Path, metavar="FILE", help="what was found")
     parser.add_device()
     args = parser.parse_args(argv)
     if args.num_images < 1:
         parser.error("--num-images must be positive")
-    exported = args.weights and Path(args.weights).suffix in RUNTIMES
-    if not args.config_file and not (exported and args.input):
+    if (args.budget_ms is None) != (args.latency_table is None):
+        parser.error("--budget-ms and --latency-table go together")
+    if args.budget_ms is not None and args.budget_ms <= 0:
+        parser.error("--budget-ms must be positive")
+    exported = bool(args.weights) and Path(args.weights).suffix in RUNTIMES
+    if exported and not args.input:
+        parser.error("an exported file needs --input")
+    if exported and args.latency_table:
+        parser.error("--budget-ms needs a model, not an exported file")
+    if not exported and not args.config_file:
         parser.error("the following arguments are required: --config-file")
 
     cfg = None
-    if args.config_file:
+    if not exported:
         cfg = read_config(args.config_file, args.opts, args.device)
         if not (args.weights or own_weights(cfg)):
             parser.error("the following arguments are required: --weights")
@@ -190,55 +211,75 @@ def main(argv: list[str] | None = None) -> None:
         if args.json_lines:
             read = [args.config_file, args.weights, *sources]
             check_output(args.json_lines, [path for path in read if path])
-        predictor = make_predictor(args.weights, cfg)
+        predictor = make_predictor(cfg, args)
         if sources:
             shots = input_shots(sources, args.output)
         else:
             shots = test_shots(cfg, args.num_images, args.output)
-        draw(predictor, shots, args.output, args.threshold, args.json_lines)
+        draw(predictor, shots, args)
     except DataError as error:
         raise UsageError(str(error)) from error
     print(f"drawn to {args.output}")
 
 
-def draw(
-    predictor: Predictor,
-    shots: Iterator[Shot],
-    folder: Path,
-    threshold: float,
-    json_lines: Path | None,
-) -> None:
+def look(
+    predictor: Predictor, frame: Frame, budget: float | None
+) -> tuple[Observation, Prediction | None]:
+    """What a picture shows, and within a budget what it took."""
+    inputs = predictor.inputs(frame.image)
+    if budget is None and isinstance(predictor.detector, MetaArch):
+        return observe(predictor.detector, inputs), None
+    with forward_context(record=True) as context:
+        found = predictor.predict(inputs, budget)
+    return Observation(found.instances.to("cpu"), None, context.records), found
+
+
+def draw(predictor: Predictor, shots: Iterator[Shot], args: Namespace) -> None:
     """Write pictures of all shots, and what was found on them."""
-    classes, routings = predictor.classes, defaultdict(list)
+    classes, folder, threshold = predictor.classes, args.output, args.threshold
+    routings, predictions = defaultdict(list), []
     videos: dict[str, VideoWriter] = {}
     with ExitStack() as files:
         lines = None
-        for shot in shots:
-            name, frame, annotations = shot
+        for name, frame, annotations in shots:
             folder.mkdir(parents=True, exist_ok=True)
-            with forward_context(record=True) as context:
-                instances = predictor(frame.image)
-            if json_lines and lines is None:
-                json_lines.parent.mkdir(parents=True, exist_ok=True)
-                lines = files.enter_context(open(json_lines, "w"))
+            seen, prediction = look(predictor, frame, args.budget_ms)
+            if prediction is not None:
+                predictions.append(prediction)
+            if args.json_lines and lines is None:
+                args.json_lines.parent.mkdir(parents=True, exist_ok=True)
+                lines = files.enter_context(open(args.json_lines, "w"))
             if lines is not None:
-                record = as_record(Prediction(frame, instances), classes, threshold)
+                record = as_record(frame, seen.instances, classes, threshold)
                 lines.write(json.dumps(record) + "\n")
             if frame.number is not None:
                 if name not in videos:
                     video = VideoWriter(folder / f"{name}.mp4", read_header(frame.source).rate)
                     videos[name] = files.enter_context(video)
-                drawn = draw_detections(frame.image, instances, classes, threshold)
+                drawn = draw_detections(frame.image, seen.instances, classes, threshold)
                 videos[name].add(drawn)
                 continue
-            drawn = detection_picture(frame.image, instances, annotations, classes, threshold)
+            drawn = detection_picture(frame.image, seen.instances, annotations, classes, threshold)
             save(drawn, folder / f"{name}.png")
-            for part, picture in sparsity_pictures(frame.image, context.records).items():
+            pictures = sparsity_pictures(frame.image, seen.records, seen.outputs, threshold)
+            for part, picture in pictures.items():
                 save(picture, folder / f"{name}_{part}.png")
-            for place, routing in routing_records(context.records).items():
+            for place, routing in routing_records(seen.records).items():
                 routings[place].append(routing)
     if routings:
         save(rendered(plot_routing(mean_statistics(routings))), folder / "experts.png")
+    if args.budget_ms is not None:
+        print(spending(predictions, args.budget_ms))
+
+
+def spending(predictions: list[Prediction], budget: float) -> str:
+    """What of a budget was used, and by which settings."""
+    times = np.array([x.milliseconds for x in predictions])
+    text = f"budget of {budget:g} ms: median {np.median(times):.1f} ms, "
+    lines = [text + f"{(times > budget).sum()} of {len(times)} images took longer"]
+    for setting, count in Counter(str(x.setting) for x in predictions).most_common():
+        lines.append(f"{count:6d} x {setting}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from dset_d2.analysis import deployed_parameters
+from dset_d2.inference import deployed_parameters
 from dset_d2.modeling.encoder.fusion_blocks import RepVggBlock
 
 from ..conftest import sparse_model, tiny_model

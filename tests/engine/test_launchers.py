@@ -19,6 +19,7 @@ from ..conftest import TINY_RUN
 ROOT = Path(__file__).parents[2]
 DENSE = "configs/rtdetr/rtdetrv2_r18_roadside.py"
 SPARSE = "projects/dset/configs/dset_r18_roadside.py"
+SUPERNET = "projects/latency_budget/configs/vit_moe_roadside.py"
 TINY = [
     *TINY_RUN,
     "model.decoder.num_denoising=10",
@@ -70,18 +71,25 @@ def losses(output: Path) -> dict[int, dict]:
 
 
 def test_stock_launcher_trains_resumes_and_evaluates(datasets, tmp_path):
+    """A supernet, whose settings belong to the model."""
+    shape = ["model.backbone.vit={embed_dim:32,depth:8,num_heads:2}"]
+    options = [*shape, "model.backbone.adapter.in_channels=32"]
+
+    def launch(*given: str) -> subprocess.CompletedProcess:
+        result = run(datasets, STOCK, tmp_path, *options, *given, config=SUPERNET)
+        assert result.returncode == 0, result.stderr[-2000:]
+        return result
+
     periods = ["train.eval_period=4", "train.checkpointer.period=4"]
-    result = run(datasets, STOCK, tmp_path, "train.max_iter=4", *periods)
-    assert result.returncode == 0, result.stderr[-2000:]
-    result = run(datasets, STOCK, tmp_path, "--resume", "train.max_iter=6", *periods)
-    assert result.returncode == 0, result.stderr[-2000:]
+    launch("train.max_iter=4", *periods)
+    launch("--resume", "train.max_iter=6", *periods)
     assert sorted(losses(tmp_path)) == [0, 1, 2, 3, 4, 5]
+    assert all(row["loss_distillation"] > 0 for row in losses(tmp_path).values())
     assert any("bbox/AP50" in m for m in metrics(tmp_path))
     state = torch.load(tmp_path / "model_final.pth", weights_only=True)
     assert int(state["model"]["clock.steps"]) == 6
-    final = f"train.init_checkpoint={tmp_path}/model_final.pth"
-    result = run(datasets, STOCK, tmp_path, "--eval-only", final)
-    assert result.returncode == 0 and "copypaste: Task: bbox" in result.stdout
+    result = launch("--eval-only", f"train.init_checkpoint={tmp_path}/model_final.pth")
+    assert "copypaste: Task: bbox" in result.stdout
 
 
 def check_console(stdout: str, folder: Path) -> None:
@@ -189,9 +197,6 @@ def test_best_checkpoint_and_early_stopping(datasets, tmp_path):
     best = torch.load(tmp_path / "model_best.pth", weights_only=True)
     assert best["iteration"] == 1 and best["ema"]["updates"] == 2
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
-    checkpoint = f"train.init_checkpoint={tmp_path}/model_best.pth"
-    result = run(datasets, OURS, tmp_path, "--eval-only", checkpoint)
-    assert result.returncode == 0 and "bbox: AP " in result.stdout
 
     (tmp_path / "model_final.pth").rename(tmp_path / "model_0000005.pth")  # killed before its end
     (tmp_path / "last_checkpoint").write_text("model_0000005.pth")
@@ -205,8 +210,8 @@ def test_best_checkpoint_and_early_stopping(datasets, tmp_path):
     assert max(losses(tmp_path)) == 7
 
     # A new run starts from the averaged weights, at step 0.
-    options = [checkpoint, "train.max_iter=1", "optimizer.lr=0", "train.eval_period=1"]
-    options += ["train.early_stopping_patience=1"]
+    options = [f"train.init_checkpoint={tmp_path}/model_best.pth", "train.max_iter=1"]
+    options += ["optimizer.lr=0", "train.eval_period=1", "train.early_stopping_patience=1"]
     result = run(datasets, OURS, tmp_path / "next", *options)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "No metric" not in result.stdout

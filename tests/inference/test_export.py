@@ -247,15 +247,15 @@ def test_agreement_tells_what_differs():
 
 def test_predictors_of_model_and_file_agree(exported):
     model, path = exported
-    of_file, of_model = Predictor.from_file(path), Predictor(model, T.Resize(SIZE), NAMES)
+    resize = T.Resize(SIZE)
+    of_file, of_model = Predictor.from_file(path), Predictor(model, resize=resize, classes=NAMES)
     assert of_file.classes == of_model.classes == NAMES
     photo = np.random.default_rng(0).integers(256, size=(50, 70, 3), dtype=np.uint8)
-    found, expected = of_file(photo), of_model(photo)
+    found, expected = of_file(photo).instances, of_model(photo).instances
     assert found.image_size == expected.image_size == (50, 70)
     assert agreement(found, expected) > 0.97
-    assert (
-        agreement(Predictor(optimize_for_inference(model), T.Resize(SIZE))(photo), expected) > 0.97
-    )
+    optimised = Predictor(optimize_for_inference(model), resize=resize)
+    assert agreement(optimised(photo).instances, expected) > 0.97
 
 
 # Eight bits.

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import dset_d2
-from dset_d2.analysis import deployed_parameters
 from dset_d2.checkpoint import load_dinov3, load_initial, load_upstream
+from dset_d2.inference import deployed_parameters
 from dset_d2.modeling import (
     DINOv3,
     FreezeConfig,

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dset_d2.modeling.tokens import Padding, TokenMap
+from dset_d2.modeling.tokens import Padding, TokenLevels, TokenMap, mean_and_deviation
 
 from ..conftest import make_inputs, tiny_model
 
@@ -52,6 +52,23 @@ def test_regions_are_squares_of_each_image_and_of_its_padding():
     assert torch.autograd.gradcheck(regions.mean, values)
 
 
+def test_levels_are_the_maps_one_after_the_other():
+    padding = Padding(torch.tensor([[4, 4], [2, 4]]), (4, 4))
+    fine = TokenMap((2, 4), padding)
+    kept = fine.prune(torch.tensor([[0, 1, 5], [2, 4, 5]]))
+    coarse = TokenMap((1, 2), padding)
+    levels = TokenLevels((kept, coarse))
+    assert fine.maps == (fine,) and levels.maps == (kept, coarse)
+    assert levels.valid.tolist() == [[True] * 5, [False, True, True, True, False]]
+    assert TokenLevels((TokenMap((2, 4)), TokenMap((1, 2)))).valid is None
+    regions = levels.regions(2, 2, torch.device("cpu"))
+    first, second = regions.index.view(2, 5).tolist()
+    # Squares of 2 x 2 cells of either map, images and padding by themselves.
+    assert first[0] == first[1] == first[2] and second[1] == second[2] != second[0]
+    assert first[3] == first[4] and second[3] != second[4]
+    assert len({*first, *second}) == 6 and max(*first, *second) < regions.count
+
+
 def test_one_image_alone_has_its_gradients():
     """Those of a batch that holds it twice. BatchNorm on a CPU gives others without our doing."""
     model = tiny_model(num_denoising=0).train()
@@ -66,3 +83,13 @@ def test_one_image_alone_has_its_gradients():
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     for name, twice in gradients[1].items():
         torch.testing.assert_close(gradients[0][name], twice, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_mean_and_deviation_leave_padding_out():
+    tokens = torch.randn(2, 5, 3)
+    valid = torch.tensor([[True] * 5, [True, True, False, True, False]])
+    found = mean_and_deviation(tokens, valid)
+    for one, own, row in zip(tokens, valid, found):
+        part = one[own]
+        torch.testing.assert_close(row, torch.cat([part.mean(0), part.std(0, correction=0)]))
+    torch.testing.assert_close(mean_and_deviation(tokens, None)[:1], found[:1])
