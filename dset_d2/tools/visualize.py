@@ -194,15 +194,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.budget_ms is not None and args.budget_ms <= 0:
         parser.error("--budget-ms must be positive")
     exported = bool(args.weights) and Path(args.weights).suffix in RUNTIMES
-    if exported and not args.input:
-        parser.error("an exported file needs --input")
+    if not args.config_file and not (exported and args.input):
+        parser.error("the following arguments are required: --config-file")
     if exported and args.latency_table:
         parser.error("--budget-ms needs a model, not an exported file")
-    if not exported and not args.config_file:
-        parser.error("the following arguments are required: --config-file")
 
     cfg = None
-    if not exported:
+    if args.config_file:
         cfg = read_config(args.config_file, args.opts, args.device)
         if not (args.weights or own_weights(cfg)):
             parser.error("the following arguments are required: --weights")
@@ -211,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.json_lines:
             read = [args.config_file, args.weights, *sources]
             check_output(args.json_lines, [path for path in read if path])
-        predictor = make_predictor(cfg, args)
+        predictor = make_predictor(None if exported else cfg, args)
         if sources:
             shots = input_shots(sources, args.output)
         else:
