@@ -12,19 +12,17 @@ those modules that shall behave otherwise, so that other threads may use the net
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..modeling.grounding_dino import replaced
+from .latency_table import fingerprint
+from .subject import Setting, grid
 
 if TYPE_CHECKING:
     from transformers import Qwen2VLImageProcessor, Qwen3VLMoeForConditionalGeneration
-
-# Prompts whose lengths round up to the same multiple of this share a row of the latency table.
-TEXT_STEP = 8
 
 
 class Question(NamedTuple):
@@ -60,7 +58,7 @@ class Begun:
     def features(self) -> Tensor:
         """(2 D,) what is known of a single question: the mean over its image, its last token."""
         hidden = self.hidden[0].float()
-        return torch.cat([hidden[self.visual[0]].mean(0), hidden[-1]])
+        return torch.cat([hidden[self.visual[0]].mean(0), hidden[-1]]).cpu()
 
 
 class Qwen3VLMoE:
@@ -277,6 +275,8 @@ class LanguageSubject:
         ValueError: for a value that the network cannot run.
     """
 
+    tier = "image_tokens"
+
     def __init__(
         self,
         network: Qwen3VLMoE,
@@ -284,7 +284,7 @@ class LanguageSubject:
         top_k: Sequence[int],
         blocks: Sequence[int],
     ) -> None:
-        knobs = {"image_tokens": image_tokens, "top_k": top_k, "blocks": blocks}
+        knobs = {self.tier: image_tokens, "top_k": top_k, "blocks": blocks}
         for name, values in knobs.items():
             if not values or len(set(values)) < len(values) or min(values) < 1:
                 raise ValueError(f"{name}={list(values)} must be different numbers of at least 1")
@@ -293,25 +293,41 @@ class LanguageSubject:
         for count in blocks:
             network.blocks(count)
         self.network = network
-        columns = [sorted(values, reverse=True) for values in knobs.values()]
-        self.settings = [dict(zip(knobs, values)) for values in product(*columns)]
+        self.settings = grid(knobs)
 
-    def shape(self, item: Question, setting: Mapping[str, int | float]) -> str:
-        """What decides the time beside the setting: tokens of the image, and about of the text."""
-        height, width = item.image.shape[-2:]
-        image = self.network.count_image_tokens(height, width, int(setting["image_tokens"]))
-        text = -(-(len(item.prompt) - 1) // TEXT_STEP) * TEXT_STEP
-        return f"{image} image tokens, at most {text} of text"
+    @property
+    def device(self) -> str:
+        return str(self.network.model.device)
+
+    def fingerprint(self) -> str:
+        """The same for networks of one architecture with images read in one way."""
+        return fingerprint(self.network.model, self.network.processor.to_json_string())
+
+    def describe(self) -> dict:
+        return {}
 
     @torch.inference_mode()
-    def begin(self, item: Question, setting: Mapping[str, int | float]) -> Begun:
+    def known(self, item: Question) -> Tensor:
+        """(D + 1,) float: the mean embedding of the prompt's tokens, and how many there are."""
+        prompt = item.prompt.to(self.network.model.device)
+        embedded = self.network.model.get_input_embeddings()(prompt).float().mean(0)
+        return torch.cat([embedded, embedded.new_tensor([len(prompt)])]).cpu()
+
+    def shape(self, item: Question, setting: Setting) -> str:
+        """How many tokens there are."""
+        height, width = item.image.shape[-2:]
+        image = self.network.count_image_tokens(height, width, int(setting["image_tokens"]))
+        return f"{image} image tokens, {len(item.prompt) - 1} of text"
+
+    @torch.inference_mode()
+    def begin(self, item: Question, setting: Setting) -> Begun:
         """Stage 1, for which only ``image_tokens`` counts."""
         tier = int(setting["image_tokens"])
         inputs = self.network.inputs(item.image, item.prompt, tier)
         return self.network.begin(image_tokens=tier, **inputs)
 
     @torch.inference_mode()
-    def finish(self, state: Begun, setting: Mapping[str, int | float]) -> Tensor:
+    def finish(self, state: Begun, setting: Setting) -> Tensor:
         """Stage 2: (vocabulary,) logits of the answer.
 
         Raises:
