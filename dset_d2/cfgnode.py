@@ -22,6 +22,7 @@ from .modeling import (
     RTDETRDecoder,
     SetCriterion,
     SpatialTuningAdapter,
+    SupernetConfig,
     TokenCriterion,
     TokenMatcher,
     WindowConfig,
@@ -40,6 +41,7 @@ def add_detr_config(cfg: CfgNode) -> None:
                                   ``MULTI_SCALE_END`` of :class:`DETRDetector`
     ``MODEL.SWAP``                :class:`~dset_d2.modeling.sparse.SwapConfig`, none if
                                   ``NUM_EXPERTS`` of its ``MOE`` is 0
+    ``MODEL.SUPERNET``            :class:`SupernetConfig`, none if it has no values of knobs
     ``MODEL.PRESNET``             :class:`PResNet`
     ``MODEL.HGNETV2``             :class:`HGNetv2`
     ``MODEL.DINOV3``              :class:`DINOv3`; ``VIT`` takes timm's arguments as they are
@@ -88,8 +90,9 @@ def add_detr_config(cfg: CfgNode) -> None:
     cfg.TEST.DETECTIONS_PER_IMAGE = 300
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
-    cfg.MODEL.update(keys_of(DETRDetector, without=("max_detections", "swap")))
+    cfg.MODEL.update(keys_of(DETRDetector, without=("max_detections", "swap", "supernet")))
     cfg.MODEL.SWAP = keys_of(SwapConfig, MOE=keys_of(MoEConfig, NUM_EXPERTS=0))
+    cfg.MODEL.SUPERNET = keys_of(SupernetConfig)
     add_backbones(cfg.MODEL)
     cfg.MODEL.ENCODER = keys_of(
         HybridEncoder,

@@ -30,6 +30,7 @@ from .registry import (
     build_decoder,
     build_encoder,
 )
+from .supernet import SupernetConfig
 
 __all__ = [
     "CRITERION_REGISTRY",
@@ -54,6 +55,7 @@ __all__ = [
     "RTDETRDecoder",
     "SetCriterion",
     "SpatialTuningAdapter",
+    "SupernetConfig",
     "TokenCriterion",
     "TokenMatcher",
     "WindowConfig",

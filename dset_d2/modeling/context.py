@@ -29,9 +29,11 @@ class Knobs:
             ``min_tokens`` stay in any case.
         memory_ratio: share of the tokens that the decoder's cross-attention can read, in (0, 1];
             as many as there are queries stay in any case.
-        top_k: experts per token of every mixture of experts.
+        top_k: experts per token of every mixture of experts, but for those in the first block of
+            a ViT, which runs as configured.
         decoder_layers: decoder layers that run.
         num_queries: queries of the decoder.
+        vit_blocks: blocks of a ViT that run; the first and those at its taps do in any case.
     """
 
     keep_ratio: float | None = None
@@ -39,6 +41,7 @@ class Knobs:
     top_k: int | None = None
     decoder_layers: int | None = None
     num_queries: int | None = None
+    vit_blocks: int | None = None
 
     def __post_init__(self) -> None:
         for knob in fields(self):

@@ -137,8 +137,13 @@ class _ZeroGradients(torch.autograd.Function):
         return (gradient if ctx.needs_input_grad[0] else None, *zeros)
 
 
-def zero_gradients(x: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-    """``x``, through which the parameters get gradients of zero where DDP waits for some."""
-    if parameters and dist.is_available() and dist.is_initialized() and torch.is_grad_enabled():
+def zero_gradients(x: Tensor, parameters: list[nn.Parameter], always: bool = False) -> Tensor:
+    """``x``, through which the parameters get gradients of zero where DDP waits for some.
+
+    Args:
+        always: also where it does not, so that a step is the same with any number of processes.
+    """
+    waited_for = always or (dist.is_available() and dist.is_initialized())
+    if parameters and waited_for and torch.is_grad_enabled():
         return _ZeroGradients.apply(x, *parameters)
     return x

@@ -51,6 +51,17 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
+def mean_and_deviation(tokens: Tensor, valid: Tensor | None) -> Tensor:
+    """Of tokens (B, N, C), those that are ``valid`` (B, N), None: all: (B, 2 * C)."""
+    if valid is None:
+        variance, mean = torch.var_mean(tokens, dim=1, correction=0)
+    else:
+        weight = (valid / valid.sum(1, keepdim=True).clamp(min=1))[..., None].to(tokens.dtype)
+        mean = (tokens * weight).sum(1)
+        variance = ((tokens - mean[:, None]) ** 2 * weight).sum(1)
+    return torch.cat([mean, variance.sqrt()], dim=1)
+
+
 def prune(tokens: Tensor | None, index: Tensor | None) -> Tensor | None:
     """Keep some of the tokens, or of what belongs to them: positions, rotations, padding.
 

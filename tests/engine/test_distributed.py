@@ -12,8 +12,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dset_d2.engine.ema import ModelEMA
 from dset_d2.engine.hooks import StatisticsHook
+from dset_d2.modeling import SupernetConfig
 
-from ..conftest import in_two_processes, make_inputs, sparse_model, tiny_grounding, tiny_model
+from ..conftest import (
+    in_two_processes,
+    make_inputs,
+    sparse_model,
+    tiny_dinov3,
+    tiny_grounding,
+    tiny_model,
+)
 
 # Without noise denoising is deterministic; its layout depends on the largest box count.
 # Boxes per image on either process.
@@ -21,10 +29,20 @@ COUNTS = [(3, 5), (0, 4), (0, 0)]
 PLAIN = dict(num_denoising=12, label_noise_ratio=0.0, box_noise_scale=0.0)
 
 
+def supernet(**settings) -> torch.nn.Module:
+    model = tiny_dinov3(freeze=None)
+    model.decoder.num_denoising = 0
+    # One block of the ViT runs in a step or not.
+    model.supernet = SupernetConfig(vit_blocks=(5,), num_queries=(10, 20), **settings)
+    return model
+
+
 MODELS = {
     "dense": lambda: tiny_model(**PLAIN),
     "dfine": lambda: tiny_model("configs/dfine/dfine_s_coco.py", **PLAIN),
     "grounding": lambda: tiny_grounding("mm-grounding-dino"),
+    "sandwich": supernet,
+    "one random setting": lambda: supernet(sampling="random"),
     "sparse": lambda: sparse_model(decoder=PLAIN, spatial_prior="flat", diversity_weight=0.1),
 }
 

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from collections import Counter
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import nn
 from dset_d2.analysis import count_flops, count_parameters
 from dset_d2.modeling import Knobs, forward_context
 from dset_d2.modeling.context import current, name_parts, place_of
-from dset_d2.modeling.sparse import MoE, MoEConfig
+from dset_d2.modeling.sparse import MemoryPruningConfig, MoE, MoEConfig, ViTPruningConfig
+from dset_d2.modeling.tokens import Padding
 
 from ..conftest import make_inputs, make_targets, sparse_model, tiny_config, tiny_dinov3, tiny_model
 
@@ -142,6 +144,46 @@ def test_between_encode_and_decode_a_controller_may_decide():
     assert torch.equal(found["pred_boxes"], expected["pred_boxes"])
 
 
+def staged_model(**settings) -> nn.Module:
+    places = [ViTPruningConfig(keep_ratio=0.5, block=2, min_tokens=2)]
+    settings = {"pruning": places, "freeze": None} | settings
+    return tiny_dinov3(moe=MoEConfig(num_experts=4, layers=(0, 3)), **settings).eval()
+
+
+@pytest.mark.parametrize("build", [staged_model, sparse_model])
+@pytest.mark.parametrize("padded", [False, True])
+def test_two_stages_are_one_forward(build, padded):
+    """Whatever is decided behind the first, once or several times; nothing of it runs again."""
+    model = build()
+    padding = Padding(torch.tensor([[128, 96]]), (128, 128)) if padded else None
+    knobs = [Knobs(), Knobs(keep_ratio=0.25, top_k=1, decoder_layers=1), Knobs(keep_ratio=1.0)]
+    if "vit_blocks" in model.knob_limits:
+        knobs.append(Knobs(vit_blocks=4, keep_ratio=0.75))
+    calls: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    with torch.no_grad():
+        expected = [model.predict(IMAGE, padding, k) for k in knobs[1:]]
+        calls.clear()
+        expected.insert(0, model.predict(IMAGE, padding, knobs[0]))
+        whole = dict(calls)
+        del whole["backbone"]  # whose stages are not its call
+        calls.clear()
+        begun = model.begin(IMAGE, padding)
+        found = [model.finish(begun, knobs[0])]
+        del calls["backbone"]
+        assert calls == whole
+        found += [model.finish(begun, k) for k in knobs[1:]]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert len(begun.features) == 1 and begun.features.isfinite().all()
+
+
+def test_a_first_block_that_prunes_is_not_shared():
+    place = ViTPruningConfig(keep_ratio=0.5, block=0, min_tokens=2)
+    with pytest.raises(ValueError, match="block=0 leaves no first block that all settings share"):
+        staged_model(pruning=[place]).begin(IMAGE)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -178,6 +220,36 @@ def test_counts_follow_the_knobs():
     assert flops[0].total > flops[1].total > flops[2].total
     narrow = count_flops(small, inputs, Knobs(top_k=1))
     assert flops[2].total == narrow.total
+
+
+BLOCK, LAYER = "backbone.dinov3.blocks.{}", "decoder.decoder.layers.{}"
+KEPT = (32 + 5) / (64 + 5)  # of the tokens and the prefix
+
+
+@pytest.mark.parametrize(
+    ("knobs", "shares"),  # of the multiply-adds of modules
+    [
+        (Knobs(keep_ratio=0.5), {f"{BLOCK}.attn.qkv".format(i): (1, KEPT)[i > 1] for i in (1, 3)}),
+        (Knobs(memory_ratio=0.5), {f"{LAYER}.cross_attn.value_proj".format(0): 0.5}),
+        (Knobs(top_k=1), {f"{BLOCK}.mlp.experts".format(i): (1, 0.5)[i > 0] for i in (0, 3)}),
+        (Knobs(decoder_layers=2), {LAYER.format(1): 1, LAYER.format(2): 0}),
+        (Knobs(num_queries=15), {f"{LAYER}.cross_attn.output_proj".format(0): 0.5}),
+        (Knobs(vit_blocks=5), {BLOCK.format(3): 1, BLOCK.format(4): 0, BLOCK.format(5): 1}),
+    ],
+)
+def test_every_knob_saves_operations_in_its_call_alone(knobs, shares):
+    model = tiny_dinov3(
+        pruning=[ViTPruningConfig(keep_ratio=1.0, block=2, min_tokens=2)],
+        moe=MoEConfig(num_experts=4, top_k=2, layers=(0, 3)),
+        freeze=None,
+    ).eval()
+    model.decoder = tiny_model(num_classes=5, memory_pruning=MemoryPruningConfig(1.0)).decoder
+    model.name_parts()
+    image = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    before, found, after = (count_flops(model, image, k) for k in (None, knobs, None))
+    assert found.total < before.total == after.total
+    for module, share in shares.items():
+        assert found.by_module[module] == share * before.by_module[module], module
 
 
 def test_predict_compiles_without_a_break():

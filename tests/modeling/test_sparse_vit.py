@@ -417,6 +417,70 @@ def test_the_vit_sees_a_smaller_image():
     assert vit(scale=0.01).scaled(torch.zeros(1, 3, 64, 64)).shape[2:] == (16, 16)
 
 
+# Blocks that are skipped.
+
+
+@pytest.mark.parametrize(
+    "depth, taps, order",
+    [
+        (12, (5, 8, 11), [4, 3, 10, 7, 2, 9, 6, 1]),
+        (6, (1, 3, 5), [4, 2]),
+        (6, (5,), [4, 3, 2, 1]),
+        (3, (0, 1, 2), []),
+    ],
+)
+def test_blocks_go_evenly_and_the_first_and_those_at_taps_stay(depth, taps, order):
+    shape = dict(embed_dim=32, depth=depth, num_heads=2)
+    backbone = DINOv3(adapter=SpatialTuningAdapter(32, 16, 4), taps=taps, vit=shape)
+    assert backbone.skipping_order() == order
+    assert ("vit_blocks" in backbone.knob_limits()) == bool(order)
+
+
+@pytest.mark.parametrize("pruning", [[], [place(4)]])
+def test_a_skipped_block_is_not_there(pruning):
+    """Against a ViT whose block is the identity; a place in front of it prunes all the same."""
+    backbone = vit(pruning=pruning)
+    for pruner in backbone.pruners.values():
+        nn.init.normal_(pruner.scorer.layers[-1].weight)
+    without = copy.deepcopy(backbone)
+    expected, _ = maps(backbone)
+    found, records = maps(backbone, knobs=Knobs(vit_blocks=5))
+    without.dinov3.blocks[4] = Passing()
+    for a, b in zip(found, maps(without)[0], strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(found[1], expected[1]) and not torch.equal(found[2], expected[2])
+    assert len(records) == len(pruning)
+    for a, b in zip(maps(backbone)[0], expected):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match=r"vit_blocks=3 must be at least 4: .* \[1, 3, 5\] stay"):
+        maps(backbone, knobs=Knobs(vit_blocks=3))
+
+
+class Passing(nn.Module):
+    def forward(self, tokens, rope):
+        return tokens
+
+
+def test_skipped_blocks_have_gradients_of_zero():
+    """So that a step is the same with one process and with several."""
+    backbone = vit().train()
+    with forward_context(knobs=Knobs(vit_blocks=5)):
+        sum(x.sum() for x in backbone(IMAGE).values()).backward()
+    blocks = backbone.dinov3.blocks
+    assert not any(p.grad.any() for p in blocks[4].parameters())
+    assert all(blocks[i].mlp.fc1.weight.grad.any() for i in (0, 1, 2, 3, 5))
+
+
+def test_the_first_block_keeps_its_experts():
+    backbone = vit(moe=MoEConfig(num_experts=4, top_k=3, layers=(0, 3)))
+    for knobs, used in ((Knobs(), 3), (Knobs(top_k=1), 1)):
+        _, records = maps(backbone, knobs=knobs)
+        assert records["moe/backbone_0"].routing.experts.shape[1] == 3
+        assert records["moe/backbone_3"].routing.experts.shape[1] == used
+        gates = records["moe/backbone_3"].routing.gates
+        torch.testing.assert_close(gates.sum(1), torch.ones(len(gates)))
+
+
 # Cost, graphs, settings.
 
 

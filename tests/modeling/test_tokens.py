@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dset_d2.modeling.tokens import Padding, TokenMap
+from dset_d2.modeling.tokens import Padding, TokenMap, mean_and_deviation
 
 from ..conftest import make_inputs, tiny_model
 
@@ -66,3 +66,13 @@ def test_one_image_alone_has_its_gradients():
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     for name, twice in gradients[1].items():
         torch.testing.assert_close(gradients[0][name], twice, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_mean_and_deviation_leave_padding_out():
+    tokens = torch.randn(2, 5, 3)
+    valid = torch.tensor([[True] * 5, [True, True, False, True, False]])
+    found = mean_and_deviation(tokens, valid)
+    for one, own, row in zip(tokens, valid, found):
+        part = one[own]
+        torch.testing.assert_close(row, torch.cat([part.mean(0), part.std(0, correction=0)]))
+    torch.testing.assert_close(mean_and_deviation(tokens, None)[:1], found[:1])

@@ -2,8 +2,9 @@
 three scales that a detector wants."""
 
 import math
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import NamedTuple, cast
 
 import timm
 import torch
@@ -15,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...arguments import arguments, build
-from ..context import checkpoint_contexts, current, forward_context
+from ..context import Part, checkpoint_contexts, current, forward_context
 from ..ffn import find_ffn
 from ..freezing import FreezeConfig, Phases, zero_gradients
 from ..layers import activation_name, check_choice
 from ..lora import LoRAConfig, add_lora
 from ..sparse import MoE, MoEConfig, TokenPruner, ViTPruningConfig, moe_layers
-from ..tokens import TokenMap
+from ..tokens import TokenMap, mean_and_deviation
 from .adapters import ADAPTERS, LEVELS, PATCH
 from .base import PretrainedBackbone
 from .layouts import Layout, WindowConfig, pruned_layout, whole_layout, windowed_layout
@@ -36,8 +37,37 @@ OFFICIAL_FILES = {
 }
 
 
+class Progress(NamedTuple):
+    """How far the ViT has come with its images.
+
+    Attributes:
+        tokens: what the blocks have made of those of ``layout``.
+        rope, where: of all patches of the images.
+        maps: (B, embed_dim, H / 16, W / 16) of the taps so far.
+    """
+
+    tokens: Tensor
+    layout: Layout
+    rope: Tensor
+    where: TokenMap
+    maps: list[Tensor]
+
+
+class FirstBlock(NamedTuple):
+    """Images behind the ViT's first block, which no knob changes.
+
+    Attributes:
+        image: (B, 3, H, W), padded as the adapter sees it.
+        features: (B, 2 * embed_dim) means and standard deviations of the patch tokens.
+    """
+
+    image: Tensor
+    progress: Progress
+    features: Tensor
+
+
 @BACKBONE_REGISTRY.register()
-class DINOv3(PretrainedBackbone):
+class DINOv3(Part, PretrainedBackbone):
     """A DINOv3 ViT and an adapter: ``p3``, ``p4``, ``p5`` at strides 8, 16, 32.
 
     The input is normalised by ImageNet's mean and standard deviation. Images of one shape that
@@ -46,6 +76,9 @@ class DINOv3(PretrainedBackbone):
 
     The training step of the forward's context decides what is trained (see ``freeze``); without a
     detector the ViT stays frozen.
+
+    The knob ``vit_blocks`` skips blocks, in an order of its own (:meth:`skipping_order`). The knob
+    ``top_k`` leaves the experts of the first block alone.
 
     Args:
         adapter: makes the three levels of the ViT's maps.
@@ -64,6 +97,8 @@ class DINOv3(PretrainedBackbone):
         scale: of the image that the ViT sees, the adapter sees it whole; its sides are rounded to
             whole patches (and windows).
     """
+
+    kind = "vit"
 
     @configurable
     def __init__(
@@ -219,11 +254,15 @@ class DINOv3(PretrainedBackbone):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> {"p3": (B, C, H / 8, W / 8), ...}; odd sides are rounded up."""
+        x = self.padded(x)
+        return dict(zip(LEVELS, self.adapter(x, self.maps(self.scaled(x)))))
+
+    def padded(self, x: Tensor) -> Tensor:
+        """The image with whole patches, and windows."""
         self.check_start()
         height, width = x.shape[2:]
         down, across = self.divisors
-        x = F.pad(x, (0, -width % across, 0, -height % down))
-        return dict(zip(LEVELS, self.adapter(x, self.maps(self.scaled(x)))))
+        return F.pad(x, (0, -width % across, 0, -height % down))
 
     def scaled(self, x: Tensor) -> Tensor:
         """The image as the ViT sees it."""
@@ -234,29 +273,107 @@ class DINOv3(PretrainedBackbone):
         size = height, width
         return F.interpolate(x, size, mode="bilinear", antialias=True)
 
+    def begin(self, x: Tensor) -> FirstBlock:
+        """What no knob changes of :meth:`forward`: the embedding and the first block.
+
+        Raises:
+            ValueError: if tokens are pruned in front of the first block.
+        """
+        if "0" in self.pruners:
+            raise ValueError("pruning: block=0 leaves no first block that all settings share")
+        x = self.padded(x)
+        progress = self.start(self.scaled(x))
+        patches = progress.layout.whole(progress.tokens)[:, self.dinov3.num_prefix_tokens :]
+        valid = replace(progress.where, prefix=0).valid
+        return FirstBlock(x, progress, mean_and_deviation(patches, valid))
+
+    def finish(self, begun: FirstBlock) -> dict[str, Tensor]:
+        """The rest of :meth:`forward`, by the knobs of the present context."""
+        return dict(zip(LEVELS, self.adapter(begun.image, self.go_on(begun.progress))))
+
     def maps(self, x: Tensor) -> list[Tensor]:
         """The ViT's maps (B, embed_dim, H / 16, W / 16) after each tap."""
-        vit, gradients = self.dinov3, torch.is_grad_enabled()
-        first, unfrozen = self.begin_step() if self.training else (-1, True)
-        with torch.set_grad_enabled(gradients and first < 0):
+        return self.go_on(self.start(x))
+
+    def start(self, x: Tensor) -> Progress:
+        """The embedding and the first block."""
+        first = self.begin_step()[0]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and first < 0):
             tokens, rope, shape = self.embed(x)
-        where = TokenMap(shape, current().padding, prefix=vit.num_prefix_tokens)
-        layout = whole_layout(tokens, rope, where)
-        maps = []
-        for index, block in enumerate(vit.blocks):
+        where = TokenMap(shape, current().padding, prefix=self.dinov3.num_prefix_tokens)
+        progress = Progress(tokens, whole_layout(tokens, rope, where), rope, where, [])
+        # The notes' first block runs with all experts per token that it is configured to.
+        with forward_context(knobs=replace(current().knobs, top_k=None)):
+            return self.run_blocks(progress, range(1))
+
+    def go_on(self, progress: Progress) -> list[Tensor]:
+        """The blocks behind the first that the knob ``vit_blocks`` leaves; all taps' maps."""
+        blocks = self.dinov3.blocks
+        skipped = self.skipped_blocks()
+        maps = self.run_blocks(progress, range(1, len(blocks)), skipped).maps
+        if self.training:
+            unused = [p for index in skipped for p in blocks[index].parameters() if p.requires_grad]
+            maps[-1] = zero_gradients(maps[-1], self.phases.dormant_parameters())
+            maps[-1] = zero_gradients(maps[-1], unused, always=True)
+        return maps
+
+    def run_blocks(
+        self, progress: Progress, indices: range, skipped: Collection[int] = ()
+    ) -> Progress:
+        """Some blocks, in order, and what the taps behind them take."""
+        vit, gradients = self.dinov3, torch.is_grad_enabled()
+        first, unfrozen = self.begin_step()
+        tokens, layout, rope, where, maps = progress
+        for index in indices:
             if self.begins_layout(index):
                 layout = self.lay_out(index, layout.whole(tokens), rope, where)
                 tokens = layout.tokens
+            if index in skipped:
+                continue
             trained = gradients and index >= first
             with torch.set_grad_enabled(trained), forward_context(tokens=layout.where):
-                tokens = self.run(block, tokens, layout.rope)
+                tokens = self.run(vit.blocks[index], tokens, layout.rope)
             if index in self.taps:
                 with torch.set_grad_enabled(gradients and (unfrozen or index >= first)):
                     patches = vit.norm(layout.whole(tokens)[:, vit.num_prefix_tokens :])
-                maps.append(patches.transpose(1, 2).unflatten(2, shape))
-        if self.training:
-            maps[-1] = zero_gradients(maps[-1], self.phases.dormant_parameters())
-        return maps
+                maps = [*maps, patches.transpose(1, 2).unflatten(2, where.shape)]
+        return Progress(tokens, layout, rope, where, maps)
+
+    # Blocks that are skipped.
+
+    def skipping_order(self) -> list[int]:
+        """The blocks that may be skipped, by index, in the order in which they go.
+
+        The first block stays, since decisions are made from what it puts out, and those at the
+        taps, so that the same block makes a map in all settings. Of what lies between, the longest
+        run of blocks gives up one, of equal ones the deepest, so that all maps lose alike; and of
+        a run the deepest, as deep blocks change tokens least. A setting thus runs a part of the
+        blocks of any larger one, and shares with it what these learn.
+        """
+        starts = [1, *(tap + 1 for tap in self.taps[:-1])]
+        runs = [list(range(start, tap)) for start, tap in zip(starts, self.taps)]
+        order = []
+        while longest := max(reversed(runs), key=len):
+            order.append(longest.pop())
+        return order
+
+    def skipped_blocks(self) -> list[int]:
+        """Those that this call skips.
+
+        Raises:
+            ValueError: if more are to be skipped than may be.
+        """
+        order, depth = self.skipping_order(), len(self.dinov3.blocks)
+        count = current().knobs.vit_blocks or depth
+        if depth - count > len(order):
+            raise ValueError(
+                f"vit_blocks={count} must be at least {depth - len(order)}: the first block and "
+                f"those at the taps {self.taps} stay"
+            )
+        return order[: depth - count]
+
+    def knob_limits(self) -> dict[str, float]:
+        return {"vit_blocks": len(self.dinov3.blocks)} if self.skipping_order() else {}
 
     def begins_layout(self, index: int) -> bool:
         """Whether a block works on other tokens than the one in front of it."""
@@ -274,6 +391,8 @@ class DINOv3(PretrainedBackbone):
 
     def begin_step(self) -> tuple[int, bool]:
         """The first block that is trained at the present step, and whether the norm is."""
+        if not self.training:
+            return -1, True
         step = current().step
         self.phases.begin_step(step)
         return self.phases.first_trained(step), self.phases.unfrozen(step)

@@ -40,6 +40,12 @@ def number_of_boxes(counts: list[int]) -> float:
     return whole.boxes / whole.parts if whole else sum(counts)
 
 
+def box_divisor(targets: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+    """What losses that are sums over boxes are divided by."""
+    counts = [len(t["labels"]) for t in targets]
+    return divisor_of(mean_counts([number_of_boxes(counts)], device)[0])
+
+
 class Pairs(NamedTuple):
     """Matched predictions and what they should be, M in all."""
 
@@ -108,9 +114,7 @@ class SetCriterion(nn.Module):
 
     def losses(self, outputs: dict, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         counts = [len(t["labels"]) for t in targets]
-        divisor = divisor_of(
-            mean_counts([number_of_boxes(counts)], outputs["pred_logits"].device)[0]
-        )
+        divisor = box_divisor(targets, outputs["pred_logits"].device)
         layers = [in_fp32(x) for x in (outputs, *outputs["aux_outputs"])]
         selected = [in_fp32(x) for x in outputs["enc_outputs"]]
         matches, enc_matches, enc_targets = self.match(layers, selected, targets)
