@@ -56,9 +56,15 @@ class Begun:
 
     @property
     def features(self) -> Tensor:
-        """(2 D,) what is known of a single question: the mean over its image, its last token."""
-        hidden = self.hidden[0].float()
-        return torch.cat([hidden[self.visual[0]].mean(0), hidden[-1]]).cpu()
+        """(2 D,) what is known of a single question that ends with the last token."""
+        return self.features_at(torch.tensor([self.hidden.shape[1] - 1]))[0]
+
+    def features_at(self, ends: Tensor) -> Tensor:
+        """(B, 2 D) float on the CPU: the mean over each image, and the token at each (B,) end."""
+        hidden = self.hidden.detach().float()
+        visual = self.visual[..., None].to(hidden)
+        image = (hidden * visual).sum(1) / visual.sum(1).clamp(min=1)
+        return torch.cat([image, hidden[torch.arange(len(ends)), ends]], dim=1).cpu()
 
 
 class Qwen3VLMoE:

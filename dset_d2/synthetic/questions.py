@@ -63,9 +63,7 @@ def mirrored(participants: Sequence[Participant], width: int) -> list[Participan
     ]
 
 
-def ask(
-    participants: Sequence[Participant], width: int, rng: random.Random
-) -> list[TextQuestion]:
+def ask(participants: Sequence[Participant], width: int, rng: random.Random) -> list[TextQuestion]:
     """Questions about an image of that width in pixels, in random order.
 
     Of each kind there are as many that say yes as no, and at most one count is zero. Pedestrians

@@ -121,9 +121,7 @@ def draw_scenes(
     return [found[end - count : end] for end, count in zip(ends, counts)]
 
 
-def make_items(
-    scenes: Sequence[LabelledImage], seed: int
-) -> list[tuple[Question, TextQuestion]]:
+def make_items(scenes: Sequence[LabelledImage], seed: int) -> list[tuple[Question, TextQuestion]]:
     """One question about each scene, in one image and tokens, and in words."""
     rng = random.Random(seed)
     items = []
@@ -152,6 +150,10 @@ class Packed(NamedTuple):
     rows: Tensor
     columns: Tensor
     answers: Tensor
+
+    def to(self, device: torch.device) -> "Packed":
+        """Its inputs on a device."""
+        return self._replace(inputs={k: value.to(device) for k, value in self.inputs.items()})
 
 
 def pack(
@@ -196,8 +198,7 @@ def pack(
 
 def answer_packed(network: Qwen3VLMoE, packed: Packed, setting: Mapping) -> Tensor:
     """(N, vocabulary) logits of the answers under a setting."""
-    device = network.model.device
-    begun = network.begin(**{name: value.to(device) for name, value in packed.inputs.items()})
+    begun = network.begin(**packed.to(network.model.device).inputs)
     return finish_packed(network, begun, packed, setting)
 
 

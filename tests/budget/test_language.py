@@ -109,9 +109,7 @@ def watched(model):
                     lambda _, args, name=name: routed.update({name: tuple(args[1].shape)})
                 )
             )
-        handles.append(
-            module.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
-        )
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: calls.update([name])))
     try:
         yield calls, routed
     finally:
