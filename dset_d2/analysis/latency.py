@@ -1,10 +1,12 @@
 """Latencies that can be compared: interleaved in one process, and set against each other pair by
 pair, so that a machine that slows down slows all of them."""
 
+import platform
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,12 +22,31 @@ class Latency:
         quartiles: 25 % and 75 % of the rounds took no longer.
         ratio: median over the rounds of time / time of the first; below 1 is faster.
         ratio_quartiles: its quartiles.
+        p95: 95 % of the rounds took no longer.
     """
 
     median: float
     quartiles: tuple[float, float]
     ratio: float
     ratio_quartiles: tuple[float, float]
+    p95: float
+
+
+def device_name(device: str) -> str:
+    """The processor that times are of."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def cpu_name() -> str:
+    """What the system calls its processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def synchronised_time() -> float:
@@ -56,7 +77,11 @@ def measure(
                 times[index, column] = elapsed
     ratios = times / times[:, :1]
     return {
-        name: Latency(*median_and_quartiles(seconds), *median_and_quartiles(ratio))
+        name: Latency(
+            *median_and_quartiles(seconds),
+            *median_and_quartiles(ratio),
+            p95=float(np.percentile(seconds, 95)),
+        )
         for name, seconds, ratio in zip(callables, times.T, ratios.T)
     }
 

@@ -31,7 +31,8 @@ PLAIN = dict(num_denoising=12, label_noise_ratio=0.0, box_noise_scale=0.0)
 
 def supernet(**settings) -> torch.nn.Module:
     model = tiny_dinov3(freeze=None)
-    model.decoder.num_denoising = 0
+    for name, value in PLAIN.items():
+        setattr(model.decoder, name, value)
     # One block of the ViT runs in a step or not.
     model.supernet = SupernetConfig(vit_blocks=(5,), num_queries=(10, 20), **settings)
     return model
