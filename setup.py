@@ -80,7 +80,7 @@ setup(
     ],
     extras_require={
         "opencv": ["opencv-python>=4.5.5.64"],
-        "grounding": ["transformers>=5.23"],  # Grounding DINO, of which nothing else is imported
+        "grounding": ["transformers>=5.23"],  # Grounding DINO, Qwen3-VL-MoE; nothing else imports it
         "test": [
             "pytest>=7",
             "pytest-xdist>=3.7",

@@ -25,7 +25,7 @@ COMMAND = re.compile(r"(\w+=\S+ )?(python|torchrun \S+) -m dset_d2\.tools\.(\w+)
 # Other lines of a shell: what they do is not the package's, or is tested elsewhere.
 SHELL = re.compile(
     r"pip install|make |cd |export |OMP_NUM_THREADS=1 .venv/bin/python -m pytest"
-    r"|(OMP_NUM_THREADS=1 )?python projects/dset/fixed_camera\.py"
+    r"|(OMP_NUM_THREADS=1 )?python projects/\w+/\w+\.py"
 )
 SCRIPT = re.compile(r"^    (python - .*<<'E'\n(?:.*\n)*?    E)$", re.M)
 TOOLS = set(find_tools())

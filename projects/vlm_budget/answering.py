@@ -18,12 +18,21 @@ from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 from dset_d2.budget.language import Begun, Question, Qwen3VLMoE
 from dset_d2.synthetic import CATEGORIES, write_dataset
-from dset_d2.synthetic.questions import WORDS, Participant, TextQuestion, ask, mirrored, read_labels
+from dset_d2.synthetic.questions import (
+    NAMES,
+    WORDS,
+    Participant,
+    TextQuestion,
+    ask,
+    mirrored,
+    read_labels,
+)
 
 SPECIAL = ("<pad>", "<image>", "<start>", "<end>")
 VOCABULARY = {word: index for index, word in enumerate((*SPECIAL, *WORDS))}
 PAD, IMAGE, START, END = range(len(SPECIAL))
-QUESTIONS = 8  # of an image in a training step, at most
+SHARPNESS = 4.0  # of what an image token names: logits per unit along a noun's embedding
+NOUNS = [VOCABULARY[NAMES[category]] for category in CATEGORIES]
 
 
 class Size(NamedTuple):
@@ -78,6 +87,7 @@ def build_model(size: Size) -> Qwen3VLMoeForConditionalGeneration:
     model = Qwen3VLMoeForConditionalGeneration(config)
     model.set_experts_implementation("grouped_mm")
     with torch.no_grad():
+        model.get_input_embeddings().weight.normal_(std=size.width**-0.5)
         for block in model.model.language_model.layers:
             block.self_attn.o_proj.weight.zero_()
             block.mlp.experts.down_proj.zero_()
@@ -257,10 +267,14 @@ def train_vision(
     rate: float,
     rng: random.Random,
 ) -> float:
-    """Teach the vision encoder what stands where; returns the last losses' mean."""
+    """Teach the vision encoder to name what stands where; returns the last losses' mean.
+
+    What covers a token is named by the very embedding of its noun, which a question then finds.
+    """
     model = network.model.model
-    head = nn.Linear(model.config.text_config.hidden_size, 2 * len(CATEGORIES))
-    head.to(network.model.device)
+    embeddings = network.model.get_input_embeddings().weight
+    head = nn.Linear(embeddings.shape[1], 2 * len(CATEGORIES)).to(embeddings.device)
+    nn.init.zeros_(head.weight)
     parameters = [*model.visual.parameters(), *head.parameters()]
     optimizer, schedule = make_optimizer(parameters, rate, steps)
     losses = []
@@ -274,7 +288,9 @@ def train_vision(
         grid = tuple((read["image_grid_thw"][0, 1:] // merge).tolist())
         targets = torch.cat([cells(p, grid, image.shape[1:]) for image, p in chosen])
         output = model.get_image_features(read["pixel_values"], read["image_grid_thw"])
-        logits = head(torch.cat(output.pooler_output))
+        features = torch.cat(output.pooler_output)
+        names = features @ embeddings[NOUNS].detach().T
+        logits = head(features) + F.pad(SHARPNESS * names, (0, len(CATEGORIES)))
         losses.append(descend(binary_loss(logits, targets), parameters, optimizer, schedule))
         bar.set_postfix_str(f"loss {sum(losses[-50:]) / len(losses[-50:]):.3f}", refresh=False)
     return sum(losses[-50:]) / len(losses[-50:])
@@ -296,14 +312,19 @@ def train_answers(
     rate: float,
     rng: random.Random,
 ) -> float:
-    """Teach everything to answer, each step under one setting; returns the last accuracies' mean.
+    """Teach the rest to answer, each step under one setting; returns the last accuracies' mean.
+
+    The vision encoder's blocks stay as they were; what hands their features to the text learns.
 
     Args:
         settings: one of them is drawn, in one of four steps the first, which is the full one.
         shallow: share of the steps, from the first on, that run the fewest blocks that can run;
             blocks that join later begin as identities.
     """
-    parameters = list(network.model.parameters())
+    visual = network.model.model.visual
+    for part in (visual.patch_embed, visual.pos_embed, visual.blocks):
+        part.requires_grad_(False)
+    parameters = [p for p in network.model.parameters() if p.requires_grad]
     optimizer, schedule = make_optimizer(parameters, rate, steps)
     least = network.depth - len(network.optional)
     hits = []
@@ -313,7 +334,7 @@ def train_answers(
         if step < shallow * steps:
             setting["blocks"] = least
         images = [image for image, _ in chosen]
-        asked = [ask(p, image.shape[-1], rng)[:QUESTIONS] for image, p in chosen]
+        asked = [ask(p, image.shape[-1], rng) for image, p in chosen]
         packed = pack(network, images, asked, setting["image_tokens"])
         logits = answer_packed(network, packed, setting)
         answers = packed.answers.to(logits.device)

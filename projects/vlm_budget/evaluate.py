@@ -95,10 +95,10 @@ FULL = Study(
     image_tokens=(54, 24, 6),
     top_k=(8, 6, 4),
     blocks=(16, 14, 12),
-    vision_steps=600,
-    answer_steps=900,
-    shallow=0.7,
-    batch=8,
+    vision_steps=500,
+    answer_steps=600,
+    shallow=0.85,
+    batch=6,
     rounds=15,
     budgets=6,
     grpo_steps=400,
@@ -194,6 +194,7 @@ def prepare_network(
     rng = random.Random(seed)
     subject = LanguageSubject(network, study.image_tokens, study.top_k, study.blocks)
     network.model.train()
+    print("training the network")
     start = time.perf_counter()
     loss = train_vision(
         network, scenes, study.image_tokens, study.vision_steps, study.batch, 1e-3, rng
