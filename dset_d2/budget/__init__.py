@@ -7,6 +7,8 @@ from .controller import (
     TwoStagePolicy,
     feasible_settings,
     load_controller,
+    matched_random,
+    oracle,
     save_controller,
 )
 from .detector import DetectorSubject
@@ -40,7 +42,9 @@ __all__ = [
     "grid",
     "key_of",
     "load_controller",
+    "matched_random",
     "measure_table",
+    "oracle",
     "save_controller",
     "soft_f1",
 ]

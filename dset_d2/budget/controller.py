@@ -22,6 +22,28 @@ def feasible_settings(p95: Tensor, budget: Tensor) -> Tensor:
     return (p95 <= budget[:, None]) | fastest
 
 
+def oracle(quality: Tensor, p50: Tensor, feasible: Tensor) -> Tensor:
+    """(N,) the settings of the best quality (N, S), of equally good ones the fastest: what no
+    controller can surpass."""
+    best = quality.masked_fill(~feasible, -torch.inf).amax(1, keepdim=True)
+    good = feasible & (quality >= best - 1e-6)
+    return p50.masked_fill(~good, torch.inf).argmin(1)
+
+
+def matched_random(chosen: Tensor, p95: Tensor, generator: torch.Generator) -> Tensor:
+    """(N,) the same settings as are chosen (N,), shuffled over the items: what the mix alone does.
+
+    Only items that take the same times (N, S) swap theirs, so that budgets hold.
+    """
+    _, group = p95.unique(dim=0, return_inverse=True)
+    shuffled = chosen.clone()
+    for index in range(int(group.max()) + 1):
+        members = (group == index).nonzero().flatten()
+        order = torch.randperm(len(members), generator=generator)
+        shuffled[members] = chosen[members[order]]
+    return shuffled
+
+
 class Controller(nn.Module):
     """Chooses settings for N items at once; a subclass gives the scores.
 

@@ -1,6 +1,6 @@
 """Detectors as what a budget's controllers choose settings for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,12 +9,15 @@ from detectron2.structures import Instances
 from torch import Tensor
 
 from ..modeling import DETRDetector, Knobs
+from ..modeling.context import Part
 from ..modeling.detector import Begun
 from .latency_table import fingerprint
 from .reward import soft_f1
 from .subject import Setting, grid
 
 SCALE = "scale"
+# What decides how much a sparse part computes.
+CONFIGURED = ("keep_ratio", "min_tokens", "scorer", "placement", "top_k", "slots", "dispatch")
 STRIDE = 16  # pixels between those that the brightness is the mean of
 
 
@@ -58,25 +61,30 @@ class DetectorSubject:
         self.settings = [dict(setting) for setting in settings]
 
     @classmethod
-    def of_choices(
-        cls,
-        model: DETRDetector,
-        image_size: Sequence[int],
-        scales: Sequence[float],
-        choices: Mapping[str, Sequence],
+    def of(
+        cls, model: DETRDetector, image_size: Sequence[int], scales: Sequence[float]
     ) -> "DetectorSubject":
-        """With all settings of these scales and values of knobs."""
-        return cls(model, image_size, grid({SCALE: scales, **choices}))
+        """With all settings of these scales and of the knobs that the model is trained for.
+
+        Decoder layers learn by losses of their own, also without a supernet.
+        """
+        layers = range(1, model.decoder.eval_idx + 2)
+        choices = {} if model.supernet is None else model.supernet.choices
+        return cls(model, image_size, grid({SCALE: scales, "decoder_layers": layers} | choices))
 
     @property
     def device(self) -> str:
         return str(self.model.device)
 
     def fingerprint(self) -> str:
-        parts = [self.model.knob_limits, self.image_size]
-        backbone = self.model.backbone
-        parts += [getattr(backbone, name, None) for name in ("taps", "windows", "scale")]
-        return fingerprint(self.model, *parts)
+        """Of the parameters, and of what else decides what is computed where no knob says it."""
+        model = self.model
+        settings: list[Any] = [model.knob_limits, model.decoder.eval_idx]
+        settings += [getattr(model.backbone, name, None) for name in ("taps", "windows", "scale")]
+        for name, part in model.named_modules():
+            if isinstance(part, Part) and (config := getattr(part, "config", None)):
+                settings.append([name, *(getattr(config, key, None) for key in CONFIGURED)])
+        return fingerprint(model, *settings)
 
     def describe(self) -> dict:
         return {"image_size": list(self.image_size)}

@@ -186,7 +186,7 @@ class GRPO:
             "clipped": held,
             "executed": outcomes.quality.isfinite().float().mean(),
         }
-        return {name: float(value) for name, value in row.items()}
+        return {name: float(value.detach()) for name, value in row.items()}
 
     def draw_budgets(self, generator: torch.Generator) -> Tensor:
         """(batch_size,) milliseconds."""

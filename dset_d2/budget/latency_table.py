@@ -36,13 +36,15 @@ class LatencyTable:
 
     Attributes:
         about: ``model`` (its fingerprint), ``device``, ``threads`` and ``torch``, with which it
-            was measured; ``rounds``; ``error``, between two measurements (:func:`compare`);
+            was measured; ``rounds``; ``spans``, the shares of the latency that the knobs change;
+            ``error``, between two measurements (:func:`compare`);
             ``subject``, how to make it of its model again.
         settings: those that are left, the full one first.
         tier: the knob that decides the shape.
         times: by shape and by the setting without its tier.
         dropped: knobs that stay at the full setting's value, with the share of the latency that
             they change.
+        rows: what was looked up before, by the shapes of the tiers.
     """
 
     about: dict[str, Any]
@@ -50,6 +52,7 @@ class LatencyTable:
     tier: str
     times: dict[tuple[str, Key], Times]
     dropped: dict[str, float] = field(default_factory=dict)
+    rows: dict[tuple[str, ...], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def check(self, subject: Subject) -> None:
         """Raise a ``ValueError`` unless the table is of this model, device and threads."""
@@ -88,8 +91,13 @@ class LatencyTable:
 
     def of(self, subject: Subject, item: Any) -> tuple[Tensor, Tensor]:
         """The p50 and the p95 (S,) of all settings for an item, in milliseconds."""
-        times = [self.lookup(subject.shape(item, s), s) for s in self.settings]
-        p50, p95 = torch.tensor(times).T
+        examples = {setting[self.tier]: setting for setting in self.settings}
+        shapes = {tier: subject.shape(item, setting) for tier, setting in examples.items()}
+        found = tuple(shapes.values())
+        if found not in self.rows:
+            times = [self.lookup(shapes[s[self.tier]], s) for s in self.settings]
+            self.rows[found] = torch.tensor(times).T
+        p50, p95 = self.rows[found]
         return p50, p95
 
     def range(self) -> tuple[float, float]:
@@ -103,7 +111,7 @@ class LatencyTable:
             {"shape": shape, "setting": dict(rest), "p50": times.p50, "p95": times.p95}
             for (shape, rest), times in self.times.items()
         ]
-        content = {"about": self.about, "tier": self.tier, "dropped": self.dropped}
+        content: dict[str, Any] = {"about": self.about, "tier": self.tier, "dropped": self.dropped}
         content |= {"settings": self.settings, "milliseconds": rows}
         text = json.dumps(content, indent=1)
         write_atomically(path, lambda file: file.write(text.encode()))
@@ -180,6 +188,9 @@ def measure_table(
     table = LatencyTable(about, settings, subject.tier, first)
     rows = torch.stack([table.of(subject, item)[0] for item in items])
     settings, dropped = drop_knobs(settings, rows.numpy())
+    left = [table.settings.index(setting) for setting in settings]
+    rows = rows[:, left]
+    about["spans"] = {k: span(settings, rows.numpy(), k) for k in varied_knobs(settings)}
     kept = {key_of({k: v for k, v in s.items() if k != subject.tier}) for s in settings}
     shapes = {subject.shape(item, setting) for item in items for setting in settings}
     times = {k: v for k, v in first.items() if k[0] in shapes and k[1] in kept}
@@ -194,8 +205,8 @@ def time_calls(
     calls: dict[tuple[str, Key], Callable[[], object]], rounds: int, warmup: int
 ) -> dict[tuple[str, Key], Times]:
     """Milliseconds of calls that take turns."""
-    found = measure(calls, rounds, warmup)  # type: ignore[type-var]
-    return {name: Times(1e3 * x.median, 1e3 * x.p95) for name, x in found.items()}
+    found = measure({str(name): call for name, call in calls.items()}, rounds, warmup)
+    return {name: Times(1e3 * x.median, 1e3 * x.p95) for name, x in zip(calls, found.values())}
 
 
 def compare(first: dict[Any, Times], again: dict[Any, Times]) -> dict[str, float]:

@@ -54,10 +54,8 @@ class Outcomes:
     def run(self, items: Tensor, settings: Tensor) -> Tensor:
         """The qualities (n,) of the items (n,) under the settings (n,)."""
         wanted: dict[tuple[int, int], list[int]] = {}
-        for item, setting in set(zip(items.tolist(), settings.tolist())):
-            if self.quality[item, setting].isnan() or self.lacks_output(item, setting):
-                tier = int(self.space.tier_of[setting])
-                wanted.setdefault((item, tier), []).append(setting)
+        for item, setting in self.missing(items, settings):
+            wanted.setdefault((item, int(self.space.tier_of[setting])), []).append(setting)
         for (item, tier), together in wanted.items():  # one first stage for all of a tier
             state = self.begin(item, tier)
             for setting in together:
@@ -67,8 +65,13 @@ class Outcomes:
                     self.outputs[item, setting] = output
         return self.quality[items, settings]
 
-    def lacks_output(self, item: int, setting: int) -> bool:
-        return self.outputs is not None and (item, setting) not in self.outputs
+    def missing(self, items: Tensor, settings: Tensor) -> list[tuple[int, int]]:
+        """Which of the pairs have not run yet, or not in this process if outputs are kept."""
+        if self.outputs is None:
+            unknown = self.quality[items, settings].isnan()
+            items, settings = items[unknown], settings[unknown]
+        pairs = dict.fromkeys(zip(items.tolist(), settings.tolist()))
+        return [pair for pair in pairs if self.outputs is None or pair not in self.outputs]
 
     def begin(self, item: int, tier: int) -> Any:
         """An item behind the first stage, whose features are kept."""
@@ -81,10 +84,12 @@ class Outcomes:
 
     def look(self, items: Tensor) -> Tensor:
         """The features (n, T, D) of items behind the first stage of every tier."""
-        for item in items.unique().tolist():
-            for tier in range(len(self.space.tiers)):
-                if self.features is None or self.features[item, tier].isnan().any():
-                    self.begin(item, tier)
+        items_here = items.unique()
+        if self.features is None:
+            self.begin(int(items_here[0]), 0)
+        missing = self.features[items_here].isnan().any(2).nonzero()
+        for index, tier in missing.tolist():
+            self.begin(int(items_here[index]), tier)
         assert self.features is not None
         return self.features[items]
 
@@ -106,7 +111,7 @@ class Outcomes:
     def save(self) -> None:
         if self.file is None:
             return
-        content = {"quality": self.quality.numpy(), "labels": self.label()}
+        content: dict[str, Any] = {"quality": self.quality.numpy(), "labels": self.label()}
         if self.features is not None:
             content["features"] = self.features.numpy()
         self.file.parent.mkdir(parents=True, exist_ok=True)

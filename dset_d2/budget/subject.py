@@ -19,17 +19,19 @@ class State(Protocol):
 
 
 class Subject(Protocol):
-    """A model that runs in two stages under settings of its knobs.
+    """A model that runs in two stages under settings of its knobs."""
 
-    Attributes:
-        settings: all that can be chosen, the full one first; all have the same knobs.
-        tier: the knob that is chosen before the first stage, such as the input's resolution.
-        device: that it runs on.
-    """
+    @property
+    def settings(self) -> Sequence[Setting]:
+        """All that can be chosen, the full one first; all have the same knobs."""
 
-    settings: Sequence[Setting]
-    tier: str
-    device: str
+    @property
+    def tier(self) -> str:
+        """The knob that is chosen before the first stage, such as the input's resolution."""
+
+    @property
+    def device(self) -> str:
+        """That it runs on."""
 
     def fingerprint(self) -> str:
         """The same for models that take the same time."""

@@ -6,13 +6,15 @@
 draws the first images of the config's test set, ground truth on the left, or those that --input
 names. Each class has one colour, and a legend tells which. Beside NAME.png (detections) a sparse
 model gives NAME_kept_*.png (pruned tokens are dark), NAME_expert_*.png (a colour per expert) and
-experts.png (load and co-activation over all images).
+experts.png (load and co-activation over all images). --budget-ms with a --latency-table of this
+machine (dset_d2.tools.latency_table) runs each image under a setting that fits, chosen by the
+--controller if there is one.
 Names are those of the images, numbered where one would stand for two. The folder of an image that
 is read is no place for pictures.
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ..budget import Prediction, Predictor
 from ..files import write_atomically
 from ..modeling import forward_context
 from ..visualization import (
@@ -42,6 +45,7 @@ from .common import (
     own_weights,
     read_config,
     read_images,
+    usage_errors,
 )
 
 # What an image's name may not be like, so that no picture of another one has it.
@@ -72,6 +76,16 @@ def save(picture: np.ndarray, path: Path) -> None:
     write_atomically(path, lambda file: Image.fromarray(picture).save(file, format="png"))
 
 
+def spending(predictions: list[Prediction], budget: float) -> str:
+    """What of a budget was used, and by which settings."""
+    times = np.array([x.milliseconds for x in predictions])
+    text = f"budget of {budget:g} ms: median {np.median(times):.1f} ms, "
+    lines = [text + f"{(times > budget).sum()} of {len(times)} images took longer"]
+    for setting, count in Counter(str(x.setting) for x in predictions).most_common():
+        lines.append(f"{count:6d} x {setting}")
+    return "\n".join(lines)
+
+
 @entry_point
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
@@ -80,11 +94,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the PNG files")
     parser.add_argument("--input", nargs="+", type=Path, metavar="FILE_OR_FOLDER")
     parser.add_argument("--num-images", type=int, default=12, help="of the test set")
+    parser.add_argument("--budget-ms", type=float, help="latency that each image may take")
+    parser.add_argument("--latency-table", type=Path, help="what settings take, for --budget-ms")
+    parser.add_argument("--controller", type=Path, help="who chooses; default: the slowest")
     parser.add_argument("--threshold", type=float, default=0.4, help="least score drawn")
     parser.add_device()
     args = parser.parse_args(argv)
     if args.num_images < 1:
         parser.error("--num-images must be positive")
+    if (args.budget_ms is None) != (args.latency_table is None):
+        parser.error("--budget-ms and --latency-table go together")
+    if args.budget_ms is not None and args.budget_ms <= 0:
+        parser.error("--budget-ms must be positive")
 
     cfg = read_config(args.config_file, args.opts, args.device)
     if not (args.weights or own_weights(cfg)):
@@ -92,6 +113,10 @@ def main(argv: list[str] | None = None) -> None:
     model = build_model(cfg).eval()
     if args.weights:
         load_weights(model, args.weights, whole=True)
+    predictor = None
+    if args.latency_table:
+        with usage_errors("--budget-ms"):
+            predictor = Predictor(model, args.latency_table, args.controller)
     mapper = build(cfg, "dataloader.test.mapper")
     if args.input:
         dataset_dicts = image_files(args.input)
@@ -102,11 +127,17 @@ def main(argv: list[str] | None = None) -> None:
     classes = class_names(cfg)
     args.output.mkdir(parents=True, exist_ok=True)
     routings = defaultdict(list)
+    predictions: list[Prediction] = []
     for dataset_dict, image in read_images(tqdm(dataset_dicts, desc="drawing")):
         height, width = image.shape[:2]
         inputs = mapper(dataset_dict) | {"height": height, "width": width}
         with forward_context(record=True) as context:
-            instances = model([inputs])[0]["instances"]
+            if predictor is None:
+                instances = model([inputs])[0]["instances"]
+            else:
+                found = predictor.predict(inputs, args.budget_ms)
+                instances = found.instances
+                predictions.append(found)
         annotations = dataset_dict.get("annotations")
         drawn = detection_picture(image, instances, annotations, classes, args.threshold)
         name = dataset_dict["name"]
@@ -117,6 +148,8 @@ def main(argv: list[str] | None = None) -> None:
             routings[place].append(routing)
     if routings:
         save(rendered(plot_routing(mean_statistics(routings))), args.output / "experts.png")
+    if predictions:
+        print(spending(predictions, args.budget_ms))
     print(f"drawn to {args.output}")
 
 

@@ -11,6 +11,8 @@ from dset_d2.budget import (
     feasible_settings,
     grid,
     load_controller,
+    matched_random,
+    oracle,
     save_controller,
 )
 from dset_d2.budget.controller import ridge
@@ -72,6 +74,20 @@ def test_regression_takes_the_best_of_what_fits():
         if budget >= 10:
             gap = optimum(found, budget) - found.quality[items, chosen]
             assert gap.max() < 1e-5, budget
+
+
+def test_oracle_and_the_same_mix_by_chance():
+    found = outcomes().run_all()
+    feasible = feasible_settings(found.p95, torch.full((64,), 50.0))
+    chosen = oracle(found.quality, found.p50, feasible)
+    # Nothing needed, a large input, a deep model, or both: the fastest that has it.
+    assert chosen[:4].tolist() == [3, 1, 2, 0]
+    times = found.p95.clone()
+    times[32:] += 1
+    shuffled = matched_random(chosen, times, torch.Generator().manual_seed(0))
+    assert not torch.equal(shuffled, chosen)
+    for half in (slice(32), slice(32, 64)):
+        assert torch.equal(shuffled[half].sort().values, chosen[half].sort().values)
 
 
 def test_ridge_recovers_a_line_and_ignores_noise():

@@ -19,6 +19,7 @@ from ..conftest import TINY_RUN
 ROOT = Path(__file__).parents[2]
 DENSE = "configs/rtdetr/rtdetrv2_r18_roadside.py"
 SPARSE = "projects/dset/configs/dset_r18_roadside.py"
+SUPERNET = "projects/latency_budget/configs/vit_moe_roadside.py"
 TINY = [
     *TINY_RUN,
     "model.decoder.num_denoising=10",
@@ -67,6 +68,15 @@ def metrics(output: Path) -> list[dict]:
 
 def losses(output: Path) -> dict[int, dict]:
     return {m["iteration"]: m for m in metrics(output) if "total_loss" in m}
+
+
+def test_a_supernet_trains_by_the_stock_launcher(datasets, tmp_path):
+    shape = ["model.backbone.vit={embed_dim:32,depth:8,num_heads:2}"]
+    shape += ["model.backbone.adapter.in_channels=32", "train.max_iter=2", "train.eval_period=2"]
+    result = run(datasets, STOCK, tmp_path, *shape, config=SUPERNET)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert all(row["loss_distillation"] > 0 for row in losses(tmp_path).values())
+    assert torch.load(tmp_path / "model_final.pth", weights_only=True)["model"]["clock.steps"] == 2
 
 
 def test_stock_launcher_trains_resumes_and_evaluates(datasets, tmp_path):
