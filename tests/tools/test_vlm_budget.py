@@ -101,8 +101,7 @@ def test_the_command_runs_and_uses_what_is_there(project, tmp_path, monkeypatch,
     results = json.loads((tmp_path / "results.json").read_text())
     names = {row["controller"] for row in results["rows"]}
     assert names == {
-        *("static", "regression", "GRPO", "GRPO, notes' reward"),
-        *("random, GRPO's mix", "oracle", "full"),
+        *("static", "regression", "GRPO", "GRPO, notes", "random", "oracle", "full"),
     }
     assert len({row["budget"] for row in results["rows"]}) == 3
     for row in results["rows"]:
