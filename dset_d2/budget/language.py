@@ -152,8 +152,8 @@ class Qwen3VLMoE:
         if len(places) != 1:
             raise ValueError(f"prompt: {len(places)} tokens stand for the image; one must")
         count = int(read["image_grid_thw"].prod()) // self.processor.merge_size**2
-        ids = torch.cat([prompt[: places[0]], prompt.new_full((count,), token),
-                         prompt[places[0] + 1 :]])[None]  # fmt: skip
+        before, after = prompt[: places[0]], prompt[places[0] + 1 :]
+        ids = torch.cat([before, prompt.new_full((count,), token), after])[None]
         inputs = {"input_ids": ids, "mm_token_type_ids": (ids == token).int(), **read}
         return {name: value.to(self.model.device) for name, value in inputs.items()}
 
@@ -306,13 +306,16 @@ class LanguageSubject:
         return str(self.network.model.device)
 
     def fingerprint(self) -> str:
-        """The same for networks of one architecture with images read in one way."""
-        return fingerprint(self.network.model, self.network.processor.to_json_string())
+        """The same for networks of one architecture that run, and read images, in one way."""
+        config = self.network.model.config
+        kernels = [getattr(config, f"_{part}_implementation", "") for part in ("attn", "experts")]
+        reading = self.network.processor.to_json_string()
+        return fingerprint(self.network.model, self.network.top_k, *kernels, reading)
 
     def describe(self) -> dict:
         return {}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def known(self, item: Question) -> Tensor:
         """(D + 1,) float: the mean embedding of the prompt's tokens, and how many there are."""
         prompt = item.prompt.to(self.network.model.device)
@@ -325,14 +328,14 @@ class LanguageSubject:
         image = self.network.count_image_tokens(height, width, int(setting["image_tokens"]))
         return f"{image} image tokens, {len(item.prompt) - 1} of text"
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def begin(self, item: Question, setting: Setting) -> Begun:
         """Stage 1, for which only ``image_tokens`` counts."""
         tier = int(setting["image_tokens"])
         inputs = self.network.inputs(item.image, item.prompt, tier)
         return self.network.begin(image_tokens=tier, **inputs)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def finish(self, state: Begun, setting: Setting) -> Tensor:
         """Stage 2: (vocabulary,) logits of the answer.
 

@@ -137,6 +137,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     random.seed(args.seed)
     torch.manual_seed(args.seed)
 
+    if not (folder / "network.pt").exists():  # what another one answered is of no use
+        for name in ("fit", "test"):
+            (folder / f"{name}.npz").unlink(missing_ok=True)
     groups = draw_scenes(folder / "scenes", study.scenes, study.size.image, args.seed)
     network, trained = prepare_network(study, folder / "network.pt", groups[0], args.seed)
     subject = LanguageSubject(network, study.image_tokens, study.top_k, study.blocks)
@@ -240,7 +243,7 @@ def prepare_table(
     return table
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def fill(outcomes: Outcomes, items: Items, batch: int = 16) -> Outcomes:
     """Run all questions under all settings, in batches; what they are worth is the same alone."""
     if outcomes.quality.isfinite().all():
