@@ -40,7 +40,7 @@ class Predictor:
     """Detects within a budget that each call names.
 
     Args:
-        model: in evaluation mode.
+        model: is put into evaluation mode.
         table: of it, on this device with these threads; or its file.
         controller: who chooses; or its file. None takes the slowest setting that fits.
 
@@ -59,7 +59,7 @@ class Predictor:
         self.table = table
         size = table.about["subject"]["image_size"]
         table.check(DetectorSubject(model, size, []))
-        self.subject = DetectorSubject(model, size, table.settings)
+        self.subject = DetectorSubject(model.eval(), size, table.settings)
         if isinstance(controller, (str, Path)):
             controller = load_controller(controller)
         if controller is not None and controller.space.settings != table.settings:
