@@ -31,8 +31,11 @@ from dset_d2.synthetic.questions import (
 SPECIAL = ("<pad>", "<image>", "<start>", "<end>")
 VOCABULARY = {word: index for index, word in enumerate((*SPECIAL, *WORDS))}
 PAD, IMAGE, START, END = range(len(SPECIAL))
-SHARPNESS = 4.0  # of what an image token names: logits per unit along a noun's embedding
-NOUNS = [VOCABULARY[NAMES[category]] for category in CATEGORIES]
+SHARPNESS = 4.0  # of what an image token names: logits per unit along a word's embedding
+# What an image token is taught to name: who covers it, and the side that it is on.
+NAMED = [
+    VOCABULARY[word] for word in (*(NAMES[category] for category in CATEGORIES), "left", "right")
+]
 
 
 class Size(NamedTuple):
@@ -241,10 +244,16 @@ def make_optimizer(
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def cells(participants: Sequence[Participant], grid: tuple[int, int], size: tuple[int, int]):
-    """(h * w, 2 categories) what the tokens of an image of ``size`` pixels show: for each category
-    whether a box covers the token's centre, and whether a box's centre is in the token."""
-    target = torch.zeros(*grid, 2, len(CATEGORIES))
+def cells(
+    participants: Sequence[Participant], grid: tuple[int, int], size: tuple[int, int]
+) -> Tensor:
+    """(h * w, 2 C + 2) what the tokens of an image of ``size`` pixels show: for each of C
+    categories whether a box covers the token's centre, whether it is left and whether it is right
+    of the middle, and for each category whether a box's centre is in the token."""
+    count = len(CATEGORIES)
+    target = torch.zeros(*grid, 2 * count + 2)
+    target[:, : grid[1] // 2, count] = 1
+    target[:, -(grid[1] // 2) :, count + 1] = 1
     scale = torch.tensor([grid[1] / size[1], grid[0] / size[0]]).repeat(2)
     for participant in participants:
         if participant.category not in CATEGORIES:
@@ -252,10 +261,11 @@ def cells(participants: Sequence[Participant], grid: tuple[int, int], size: tupl
         category = CATEGORIES.index(participant.category)
         box = torch.tensor(participant.box) * scale
         left, top, right, bottom = (box + 0.5).long().tolist()
-        target[top:bottom, left:right, 0, category] = 1
+        target[top:bottom, left:right, category] = 1
         x, y = ((box[:2] + box[2:]) / 2).long().tolist()
-        target[min(y, grid[0] - 1), min(x, grid[1] - 1), :, category] = 1
-    return target.flatten(2).flatten(0, 1)
+        centre = target[min(y, grid[0] - 1), min(x, grid[1] - 1)]
+        centre[[category, count + 2 + category]] = 1
+    return target.flatten(0, 1)
 
 
 def train_vision(
@@ -269,11 +279,11 @@ def train_vision(
 ) -> float:
     """Teach the vision encoder to name what stands where; returns the last losses' mean.
 
-    What covers a token is named by the very embedding of its noun, which a question then finds.
+    Tokens name it by the very embeddings of the words, which questions then find.
     """
     model = network.model.model
     embeddings = network.model.get_input_embeddings().weight
-    head = nn.Linear(embeddings.shape[1], 2 * len(CATEGORIES)).to(embeddings.device)
+    head = nn.Linear(embeddings.shape[1], len(NAMED) + len(CATEGORIES)).to(embeddings.device)
     nn.init.zeros_(head.weight)
     parameters = [*model.visual.parameters(), *head.parameters()]
     optimizer, schedule = make_optimizer(parameters, rate, steps)
@@ -289,7 +299,7 @@ def train_vision(
         targets = torch.cat([cells(p, grid, image.shape[1:]) for image, p in chosen])
         output = model.get_image_features(read["pixel_values"], read["image_grid_thw"])
         features = torch.cat(output.pooler_output)
-        names = features @ embeddings[NOUNS].detach().T
+        names = features @ embeddings[NAMED].detach().T
         logits = head(features) + F.pad(SHARPNESS * names, (0, len(CATEGORIES)))
         losses.append(descend(binary_loss(logits, targets), parameters, optimizer, schedule))
         bar.set_postfix_str(f"loss {sum(losses[-50:]) / len(losses[-50:]):.3f}", refresh=False)

@@ -75,10 +75,13 @@ def test_tokens_know_which_boxes_cover_them(project):
     bus = answering.CATEGORIES.index("Bus")
     # Of 2 x 3 tokens of 32 pixels: from the middle of the first to the right edge, first row.
     objects = [Participant("Bus", (10.0, 2.0, 96.0, 30.0), 9.0)]
-    found = answering.cells(objects, (2, 3), (64, 96)).unflatten(1, (2, -1))
-    assert found[:, 0, bus].tolist() == [1, 1, 1, 0, 0, 0]
-    assert found[:, 1, bus].tolist() == [0, 1, 0, 0, 0, 0]
-    assert found.sum() == 4
+    found = answering.cells(objects, (2, 3), (64, 96))
+    count = len(answering.CATEGORIES)
+    assert found[:, bus].tolist() == [1, 1, 1, 0, 0, 0]
+    assert found[:, count + 2 + bus].tolist() == [0, 1, 0, 0, 0, 0]
+    # The token in the middle is neither left nor right.
+    assert found[:, count : count + 2].tolist() == 2 * [[1, 0], [0, 0], [0, 1]]
+    assert found.sum() == 8
 
 
 def test_a_network_learns_the_scenes_that_it_sees(project, network, items):
