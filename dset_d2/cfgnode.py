@@ -69,6 +69,7 @@ def add_detr_config(cfg: CfgNode) -> None:
     ``MODEL.GROUNDING_DINO``      :class:`GroundingDINO`, of which ``MODEL`` has the rest and
                                   ``DATASETS`` the data set; ``ARCHITECTURE`` takes the library's
                                   settings as they are
+      ``.PRUNING``                :class:`PruningConfig`, none if ``KEEP_RATIO`` is 1 or 0
       ``.CRITERION``              :class:`TokenCriterion`, with ``WEIGHTS`` and ``MATCHER``
                                   (:class:`TokenMatcher`)
     ``INPUT``                     ``IMAGE_SIZE`` (height, width; images are stretched to it),
@@ -155,10 +156,11 @@ def add_backbones(node: CfgNode) -> None:
 def add_grounding_dino(node: CfgNode) -> None:
     """Add the keys of Grounding DINO to those of ``MODEL``."""
     weights = {name.upper(): value for name, value in TokenCriterion.default_weights.items()}
-    elsewhere = ("dataset", "pixel_mean", "pixel_std", "max_detections", "multi_scale")
+    elsewhere = ("dataset", "pixel_mean", "pixel_std", "max_detections", "multi_scale", "swap")
     node.GROUNDING_DINO = keys_of(
         GroundingDINO,
         without=(*elsewhere, "multi_scale_end"),
         ARCHITECTURE=CfgNode(new_allowed=True),
+        PRUNING=keys_of(PruningConfig, KEEP_RATIO=1.0),
         CRITERION=keys_of(TokenCriterion, WEIGHTS=CfgNode(weights), MATCHER=keys_of(TokenMatcher)),
     )

@@ -2,6 +2,7 @@
 on the image, their load."""
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import cv2
 import matplotlib
@@ -11,9 +12,14 @@ from detectron2.structures import BoxMode, Instances
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from torch import Tensor
+from torchvision.ops import box_convert
 
+from .analysis.experts import what_stands
+from .modeling import MetaArch, forward_context
 from .modeling.context import Record
+from .modeling.meta_arch import original_size
 from .modeling.sparse import MoERecord, PruningRecord
 from .modeling.tokens import TokenMap
 
@@ -176,14 +182,59 @@ def draw_experts(
     return np.where(routed, image // 2 + colours // 2, image // 4)
 
 
-def sparsity_pictures(image: np.ndarray, records: dict[str, Record]) -> dict[str, np.ndarray]:
-    """Pictures by name: what each pruner kept, experts of each layer over a map.
+def draw_queries(image: np.ndarray, boxes: np.ndarray, experts: np.ndarray) -> np.ndarray:
+    """Draw queries' boxes in the colour of the expert with the largest gate, and all experts'
+    numbers.
+
+    Args:
+        image: (H, W, 3) uint8.
+        boxes: (n, 4) x1, y1, x2, y2 in pixels.
+        experts: (n, k), those of largest gates first.
+    """
+    labels = [" ".join(map(str, row)) for row in experts.tolist()]
+    return draw_boxes(image // 2, boxes, labels, PALETTE[experts[:, 0] % len(PALETTE)])
+
+
+class Observation(NamedTuple):
+    """What a model made of one image.
+
+    Attributes:
+        instances: in the coordinates of the original image.
+        outputs: what :meth:`MetaArch.predict` returned, if that is at hand.
+        records: what sparse parts left.
+    """
+
+    instances: Instances
+    outputs: dict[str, Tensor] | None
+    records: dict[str, Record]
+
+
+@torch.no_grad()
+def observe(model: MetaArch, inputs: dict) -> Observation:
+    """Run a model in evaluation mode on one image."""
+    images, padding = model.preprocess([inputs])
+    with forward_context(record=True) as context:
+        outputs = model.predict(images, padding)
+    (instances,) = model.postprocess(outputs, [original_size(inputs)])
+    return Observation(instances.to("cpu"), outputs, context.records)
+
+
+def sparsity_pictures(
+    image: np.ndarray,
+    records: dict[str, Record],
+    outputs: dict[str, Tensor] | None = None,
+    threshold: float = 0.4,
+) -> dict[str, np.ndarray]:
+    """Pictures by name: what each pruner kept, experts of each layer over a map or at the boxes of
+    its queries.
 
     They are (H, W, 3) and below the image say what they show.
 
     Args:
-        records: what the model left (:func:`dset_d2.modeling.forward_context`) when it ran on the
-            one image.
+        image: (H, W, 3) RGB uint8.
+        records: what the model left (:func:`observe`) when it ran on the one image.
+        outputs: what it predicted; None draws no queries.
+        threshold: least score of queries that are drawn.
     """
     pictures: dict[str, np.ndarray] = {}
     for name, record in records.items():
@@ -194,15 +245,46 @@ def sparsity_pictures(image: np.ndarray, records: dict[str, Record]) -> dict[str
             total = where.shape[0] * where.shape[1]
             texts = (place, f"kept {len(kept) / total:.0%}", f"{len(kept)} of {total} tokens")
             pictures[f"kept_{place}"] = captioned(drawn, [(text, None) for text in texts])
-        elif isinstance(record, MoERecord) and record.tokens is not None:
-            shape, index = record.tokens.shape, record.tokens.index
-            cells = np.arange(shape[0] * shape[1]) if index is None else index[0].cpu().numpy()
-            experts = record.routing.experts[record.tokens.prefix :, 0].cpu().numpy()
-            fill = fill_of(record.tokens)
-            drawn = draw_experts(image, shape, cells, experts, fill)
+        elif isinstance(record, MoERecord):
+            stand = what_stands(place, record)
+            drawings = {}
+            if stand == "cells":
+                drawings = experts_on_maps(image, record)
+            elif stand == "queries" and outputs is not None:
+                drawings = {"": experts_of_queries(image, record, outputs, threshold)}
             legend = [(str(i), PALETTE[i % len(PALETTE)]) for i in range(record.config.num_experts)]
-            pictures[f"expert_{place}"] = captioned(drawn, [(f"{place}: expert", None), *legend])
+            for level, drawn in drawings.items():
+                caption = (f"{place}{level}: expert", None)
+                pictures[f"expert_{place}{level}"] = captioned(drawn, [caption, *legend])
     return pictures
+
+
+def experts_on_maps(image: np.ndarray, record: MoERecord) -> dict[str, np.ndarray]:
+    """:func:`draw_experts` on the one map of the record's tokens, or on each by its level."""
+    first, drawings = record.routing.experts[:, 0].cpu().numpy(), {}
+    maps = record.tokens.maps
+    start = maps[0].prefix
+    for level, where in enumerate(maps):
+        shape, index = where.shape, where.index
+        cells = np.arange(shape[0] * shape[1]) if index is None else index[0].cpu().numpy()
+        experts = first[start : start + len(cells)]
+        name = f"_level{level}" if len(maps) > 1 else ""
+        drawings[name] = draw_experts(image, shape, cells, experts, fill_of(where))
+        start += len(cells)
+    return drawings
+
+
+def experts_of_queries(
+    image: np.ndarray, record: MoERecord, outputs: dict[str, Tensor], threshold: float
+) -> np.ndarray:
+    """:func:`draw_queries` of those whose best score reaches the threshold."""
+    experts = record.routing.experts
+    # Of several texts the first leaves records, and has the first queries.
+    logits, boxes = (outputs[name][0, : len(experts)] for name in ("pred_logits", "pred_boxes"))
+    shown = logits.float().sigmoid().amax(-1) >= threshold
+    height, width = image.shape[:2]
+    corners = box_convert(boxes[shown].float(), "cxcywh", "xyxy").cpu().numpy()
+    return draw_queries(image, corners * ([width, height] * 2), experts[shown].cpu().numpy())
 
 
 def fill_of(where: TokenMap) -> tuple[float, float]:
@@ -233,6 +315,41 @@ def plot_routing(statistics: dict[str, dict[str, Tensor]]) -> Figure:
     axes[0, 0].set_ylabel("share of assignments")
     axes[1, 0].set_ylabel("expert")
     figure.colorbar(together, ax=axes[1].tolist(), label="share of tokens that use both")
+    return figure
+
+
+def plot_heat_map(
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    label: str,
+) -> Figure:
+    """Shares as colours, and in percent where there is room; NaN is blank.
+
+    Args:
+        values: (R, C) in [0, 1].
+        label: of the scale of colours.
+    """
+    height, width = values.shape
+    size = (2.6 + 0.45 * max(width, 6), 1.6 + 0.3 * max(height, 4))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    top = float(np.nanmax(values, initial=0)) or 1.0
+    drawn = axes.imshow(values, cmap="viridis", vmin=0, vmax=top, aspect="auto")
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.set_xticks(range(width), columns)
+    axes.set_yticks(range(height), rows)
+    if width <= 32:
+        for (row, column), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                ink = "white" if value < 0.6 * top else "black"
+                axes.text(
+                    column, row, f"{value:.0%}"[:-1], color=ink, ha="center", va="center", size=7
+                )
+    figure.colorbar(drawn, label=label, format=PercentFormatter(1, 0))
     return figure
 
 

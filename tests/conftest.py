@@ -130,7 +130,9 @@ def tiny_grounding(kind: str = "grounding-dino", **settings) -> torch.nn.Module:
     torch.manual_seed(0)
     settings = {"prompts": PROMPTS} | settings
     if "folder" not in settings:
-        settings["architecture"] = GROUNDING | {"model_type": kind}
+        settings["architecture"] = (
+            GROUNDING | {"model_type": kind} | settings.get("architecture", {})
+        )
     model = dset_d2.modeling.GroundingDINO(**settings)
     with torch.no_grad():
         for parameter in model.parameters():

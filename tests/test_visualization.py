@@ -4,8 +4,9 @@ import torch
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from dset_d2.modeling import forward_context
-from dset_d2.modeling.sparse import MoEConfig, MoERecord
+from dset_d2.modeling.sparse import MoEConfig, MoERecord, swap_ffn_for_moe
 from dset_d2.modeling.sparse.moe import Routing
+from dset_d2.modeling.tokens import TokenLevels, TokenMap
 from dset_d2.visualization import (
     PALETTE,
     captioned,
@@ -13,13 +14,16 @@ from dset_d2.visualization import (
     detection_picture,
     draw_experts,
     draw_kept,
+    draw_queries,
     mean_statistics,
+    observe,
+    plot_heat_map,
     plot_routing,
     routing_records,
     sparsity_pictures,
 )
 
-from .conftest import make_inputs, sparse_model
+from .conftest import make_inputs, sparse_model, tiny_grounding
 
 WHITE = np.full((40, 60, 3), 200, np.uint8)
 
@@ -78,6 +82,87 @@ def test_experts_are_drawn_on_all_tokens_if_pruning_follows_them():
     shown = pictures["expert_encoder_0_0"][:128][16::32, 16::32].reshape(-1, 3)
     first = records["moe/encoder_0_0"].routing.experts[:, 0].numpy()
     np.testing.assert_array_equal(shown, 100 + PALETTE[first] // 2)
+
+
+def differs(drawn: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """(H, W) bool: which pixels something was drawn on."""
+    return np.abs(drawn.astype(int) - image).max(-1) > 30
+
+
+def test_queries_have_their_experts_colour_at_their_boxes():
+    image = np.full((200, 300, 3), 200, np.uint8)
+    boxes, experts = (
+        np.array([[20.0, 20, 120, 180], [180, 60, 280, 140]]),
+        np.array([[2, 0], [1, 3]]),
+    )
+    drawn = draw_queries(image, boxes, experts)
+    assert drawn.shape == image.shape and (drawn[5, 5] == 100).all()
+    for (x1, _, x2, y2), (expert, _) in zip(boxes.astype(int), experts):
+        edge = drawn[y2, (x1 + x2) // 2].astype(int)
+        others = np.delete(PALETTE[:4].astype(int), expert, axis=0)
+        distances = np.abs(others - edge).sum(1)
+        assert np.abs(PALETTE[expert].astype(int) - edge).sum() < distances.min()
+    np.testing.assert_array_equal(draw_queries(image, boxes[:0], experts[:0]), image // 2)
+
+
+def grounding_with_experts() -> torch.nn.Module:
+    """Of two texts, whose queries stand one after the other."""
+    model = tiny_grounding(text_limit=14)
+    swap_ffn_for_moe(model, MoEConfig(4, 2), layers=["*model.decoder*"])
+    return model
+
+
+@pytest.mark.parametrize("build", [sparse_model, grounding_with_experts])
+def test_experts_of_the_decoder_are_drawn_at_their_queries_boxes(build):
+    model, (inputs,) = build(), make_inputs([(160, 224)])
+    inputs |= {"height": 320, "width": 448}
+    image = np.full((320, 448, 3), 200, np.uint8)
+    instances, outputs, records = observe(model, inputs)
+    assert instances.image_size == (320, 448)
+    record = records["moe/decoder_1"]
+    count = len(record.routing.experts)
+    scores = outputs["pred_logits"][0, :count].sigmoid().amax(-1)
+    # The better half of the queries; next, none.
+    threshold = float(scores.median())
+    pictures = sparsity_pictures(image, records, outputs, threshold)
+    decoder = {name for name in pictures if "decoder" in name}
+    assert decoder == {f"expert_{n.split('/')[1]}" for n in records if n.startswith("moe/decoder")}
+    shown = [index for index in range(count) if scores[index] >= threshold]
+    assert 0 < len(shown) < count
+    corners = []
+    for cx, cy, w, h in (outputs["pred_boxes"][0, shown] * torch.tensor([448, 320] * 2)).tolist():
+        corners.append([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2])
+    expected = draw_queries(image, np.array(corners), record.routing.experts[shown].numpy())
+    assert differs(expected, image // 2).any()
+    assert differs(pictures["expert_decoder_1"][:320], expected).mean() < 1e-3
+    none = sparsity_pictures(image, records, outputs, threshold=1.01)["expert_decoder_1"]
+    np.testing.assert_array_equal(none[:320], image // 2)
+    assert not {name for name in sparsity_pictures(image, records) if "decoder" in name}
+
+
+def test_experts_on_several_maps_have_a_picture_of_each():
+    levels = TokenLevels((TokenMap((2, 2)), TokenMap((1, 1))))
+    experts = torch.tensor([[0], [1], [2], [0], [3]])
+    even = torch.full((5, 4), 0.25)
+    routing = Routing(even, even, torch.ones(5, 1), experts)
+    records = {"moe/encoder_0": MoERecord(MoEConfig(4, 1), routing, None, levels)}
+    pictures = sparsity_pictures(WHITE, records)
+    assert pictures.keys() == {"expert_encoder_0_level0", "expert_encoder_0_level1"}
+    centres = pictures["expert_encoder_0_level0"][10:40:20, 15:60:30].reshape(-1, 3)
+    np.testing.assert_array_equal(centres, 100 + PALETTE[[0, 1, 2, 0]] // 2)
+    whole = pictures["expert_encoder_0_level1"][:40]
+    assert (whole == 100 + PALETTE[3] // 2).all()
+
+
+def test_heat_maps_name_their_rows_and_leave_blank_what_was_not_measured():
+    values = np.array([[0.25, 0.75, np.nan], [0.5, 0.5, 0.0]])
+    figure = plot_heat_map(values, ["a", "b"], "012", "title", "expert", "layer", "share")
+    axes, scale = figure.axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("expert", "layer")
+    assert [text.get_text() for text in axes.texts] == ["25", "75", "50", "50", "0"]
+    np.testing.assert_allclose(np.ma.filled(axes.images[0].get_array(), np.nan), values)
+    assert axes.images[0].get_clim() == (0, 0.75) and scale.get_ylabel() == "share"
 
 
 def test_load_and_coactivation_are_plotted():

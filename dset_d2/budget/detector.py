@@ -11,6 +11,7 @@ from torch import Tensor
 from ..modeling import DETRDetector, Knobs
 from ..modeling.context import Part
 from ..modeling.detector import Begun
+from ..modeling.meta_arch import original_size
 from .latency_table import fingerprint
 from .reward import soft_f1
 from .subject import Setting, grid
@@ -116,11 +117,7 @@ class DetectorSubject:
         size = self.scaled(tuple(images.shape[2:]), setting)
         if size != tuple(images.shape[2:]):
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
-        sizes = [
-            (x.get("height", x["image"].shape[1]), x.get("width", x["image"].shape[2]))
-            for x in batch
-        ]
-        return DetectorState(self.model.begin(images, padding), sizes)
+        return DetectorState(self.model.begin(images, padding), [original_size(x) for x in batch])
 
     @torch.no_grad()
     def finish(self, state: DetectorState, setting: Setting) -> Instances | list[Instances]:

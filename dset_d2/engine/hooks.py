@@ -18,10 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..config import nearest
 from ..data.mapper import read_picture
-from ..modeling import forward_context
 from ..visualization import (
     detection_picture,
     mean_statistics,
+    observe,
     plot_routing,
     rendered,
     routing_records,
@@ -98,19 +98,17 @@ class Pictures(HookBase):
         self.mapper = mapper
         self.classes = classes
 
-    @torch.no_grad()
     def after_step(self) -> None:
         if self.period <= 0 or (self.trainer.iter + 1) % self.period:
             return
         self.model.eval()
-        with forward_context(record=True) as context:
-            instances = self.model([self.mapper(self.dataset_dict)])[0]["instances"]
+        seen = observe(self.model, self.mapper(self.dataset_dict))
         self.model.train()
         image = read_picture(self.dataset_dict).image
-        annotations = self.dataset_dict.get("annotations")
-        pictures = sparsity_pictures(image, context.records)
-        pictures["detections"] = detection_picture(image, instances, annotations, self.classes)
-        if routing := routing_records(context.records):
+        truth = self.dataset_dict.get("annotations")
+        pictures = sparsity_pictures(image, seen.records, seen.outputs)
+        pictures["detections"] = detection_picture(image, seen.instances, truth, self.classes)
+        if routing := routing_records(seen.records):
             statistics = mean_statistics({place: [x] for place, x in routing.items()})
             pictures["experts"] = rendered(plot_routing(statistics))
         for name, picture in pictures.items():

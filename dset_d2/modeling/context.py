@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from .tokens import Padding, TokenMap
+from .tokens import Padding, TokenLevels, TokenMap
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class ForwardContext:
     step: int | None = None
     knobs: Knobs = field(default_factory=Knobs)
     padding: Padding | None = None
-    tokens: TokenMap | None = None
+    tokens: TokenMap | TokenLevels | None = None
     records: dict[str, Record] | None = None
     accumulation: Accumulation | None = None
 

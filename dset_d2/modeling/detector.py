@@ -17,7 +17,7 @@ from .encoder import Encoded
 from .layers import check_choice
 from .meta_arch import MetaArch
 from .registry import build_criterion, build_decoder, build_encoder
-from .sparse import MoEConfig, SwapConfig, swap_ffns
+from .sparse import SwapConfig, swap_config, swap_ffns
 from .supernet import KNOBS, SupernetConfig, distillation
 from .tokens import Padding, as_tokens, mean_and_deviation
 
@@ -85,12 +85,7 @@ class DETRDetector(MetaArch):
         keys = cfg.MODEL.BACKBONE.NAME.upper()  # of a backbone of this project
         with naming_keys(cfg, f"MODEL.{keys if keys in cfg.MODEL else 'BACKBONE'}"):
             backbone = build_backbone(cfg)
-        decoder, swap = build_decoder(cfg), None
-        if cfg.MODEL.SWAP.MOE.NUM_EXPERTS:
-            moe = build(MoEConfig, cfg, "MODEL.SWAP.MOE")
-            with naming_keys(cfg, "MODEL.SWAP"):
-                swap = SwapConfig(moe, **arguments(SwapConfig, cfg, "MODEL.SWAP"))
-        supernet = None
+        decoder, supernet = build_decoder(cfg), None
         if any(cfg.MODEL.SUPERNET[name.upper()] for name in KNOBS):
             supernet = build(SupernetConfig, cfg, "MODEL.SUPERNET")
         return arguments(cls, cfg, "MODEL") | {
@@ -99,7 +94,7 @@ class DETRDetector(MetaArch):
             "decoder": decoder,
             "criterion": build_criterion(cfg, decoder),
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "swap": swap,
+            "swap": swap_config(cfg),
             "supernet": supernet,
         }
 
@@ -138,7 +133,7 @@ class DETRDetector(MetaArch):
         with self.context(knobs), forward_context(padding=padding):
             if isinstance(self.backbone, DINOv3):
                 features = self.backbone.finish(features)
-            return self.decode(self.fuse(features, padding))
+            return self.decode(self.encode_features(features, padding))
 
     # A forward.
 
@@ -153,9 +148,9 @@ class DETRDetector(MetaArch):
             knobs: of this call; :meth:`decode` may be given others.
         """
         with self.context(knobs), forward_context(padding=padding):
-            return self.fuse(self.backbone(images), padding)
+            return self.encode_features(self.backbone(images), padding)
 
-    def fuse(self, features: dict[str, Tensor], padding: Padding | None) -> Encoded:
+    def encode_features(self, features: dict[str, Tensor], padding: Padding | None) -> Encoded:
         return self.encoder([features[name] for name in self.encoder.in_features], padding)
 
     def decode(

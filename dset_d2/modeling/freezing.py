@@ -1,4 +1,5 @@
-"""Parameters that are trained from some training step on, and dormant until then.
+"""Parameters that are never trained, and such that are from some training step on and dormant until
+then.
 
 Optimizers and DDP take their parameters once, before training; freezing by ``requires_grad`` in
 the middle of a run reaches neither. Instead a dormant parameter takes part from the start: no
@@ -11,8 +12,9 @@ Two marks on a parameter make it dormant: ``dormant``, which :class:`Phases` set
 which routers of layers set that do not route yet (:mod:`dset_d2.modeling.sparse.swap`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 import torch.distributed as dist
@@ -106,6 +108,43 @@ class Phases:
             return -1
         count = sum(begun(start, step) for start in self.config.block_steps())
         return min(len(self.blocks) - count, self.first_lora)
+
+
+def train_only(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Freeze all parameters but those whose names patterns (``fnmatch``) find.
+
+    What was frozen before stays so. A parameter of several names, such as a head that all layers
+    share, is found by each of them.
+
+    Raises:
+        ValueError: if there is no pattern, or one that finds no parameter.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    if not patterns:
+        raise ValueError("trainable=[] must have patterns of parameters' names, or be None for all")
+    named = dict(model.named_parameters(remove_duplicate=False))
+    found: set[nn.Parameter] = set()
+    for pattern in patterns:
+        own = {parameter for name, parameter in named.items() if fnmatchcase(name, pattern)}
+        if not own:
+            raise ValueError(
+                f"trainable: {pattern!r} finds no parameter; they have names such as "
+                f"{', '.join(list(named)[:: max(1, len(named) // 4)])}"
+            )
+        found |= own
+    for parameter in {*named.values()} - found:
+        parameter.requires_grad = False
+
+
+def rest_frozen(module: nn.Module) -> None:
+    """Put whatever has parameters and trains none of them in evaluation mode: statistics of norms
+    would move and dropout would be noise that nothing learns."""
+    trained = [parameter.requires_grad for parameter in module.parameters()]
+    if trained and not any(trained):
+        module.eval()
+        return
+    for child in module.children():
+        rest_frozen(child)
 
 
 def begun(start: int, step: int | None) -> bool:

@@ -5,7 +5,6 @@ The networks are those of ``transformers``. What stands here is around them: pro
 are whose, what need not be computed twice, and losses.
 """
 
-import copy
 import random
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -28,9 +27,12 @@ from .. import clock
 from ..arguments import arguments, build
 from .context import Knobs, forward_context
 from .criterion import TokenCriterion, TokenMatcher
+from .freezing import rest_frozen, train_only
 from .layers import check_choice
 from .meta_arch import MetaArch
 from .prompts import SPECIAL, Prompt, make_prompts, phrases_of
+from .sparse import PruningConfig, SwapConfig, TokenPruner, swap_config, swap_ffns
+from .stand_ins import Known, MapEncoder, check_pruning, replaced
 from .tokens import Padding
 
 if TYPE_CHECKING:
@@ -75,6 +77,12 @@ class GroundingDINO(MetaArch):
         prompts: in their place, for each class a phrase or several, of which the best one counts.
         text_limit: most tokens of a text; None is the network's own ``max_text_len``.
         criterion: None is upstream's.
+        pruning: prunes tokens of the image in front of the encoder (see :class:`MapEncoder`),
+            the same share of every level.
+        swap: experts in the place of the dense FFNs, wherever they stand.
+        trainable: patterns (``fnmatch``) of the names of the parameters that are trained; the
+            others are frozen, and modules of the network that have no others stay in evaluation
+            mode. None trains all.
         pixel_mean, pixel_std: normalisation of the RGB input; the default is ImageNet's.
         max_detections, multi_scale, multi_scale_end: see :class:`MetaArch`.
     """
@@ -92,6 +100,9 @@ class GroundingDINO(MetaArch):
         prompts: Sequence[str | Sequence[str]] | None = None,
         text_limit: int | None = None,
         criterion: nn.Module | None = None,
+        pruning: PruningConfig | None = None,
+        swap: SwapConfig | None = None,
+        trainable: Sequence[str] | None = None,
         pixel_mean: tuple[float, ...] = (123.675, 116.28, 103.53),
         pixel_std: tuple[float, ...] = (58.395, 57.12, 57.375),
         max_detections: int = 300,
@@ -116,8 +127,21 @@ class GroundingDINO(MetaArch):
         self.dataset = [dataset] if isinstance(dataset, str) else list(dataset)
         self.given_prompts = None if prompts is None else phrases_of(plain(prompts))
         self.criterion = criterion or TokenCriterion()
+        # By what they prune, as their records are named; one for each level.
+        self.pruners = nn.ModuleDict({"encoder": nn.ModuleList()})
+        if pruning is not None:
+            check_pruning(pruning)
+            config = self.network.config
+            for _ in range(config.num_feature_levels):
+                self.pruners["encoder"].append(TokenPruner(pruning, config.d_model))
+        if swap is not None:
+            swap_ffns(self, swap)
         self.texts: dict[Prompt, Tensor] = {}  # what the text backbone makes of prompts
         self.texts_state: tuple = ()  # of the text backbone when it did
+        self.some_frozen = trainable is not None
+        if trainable is not None:
+            train_only(self, trainable)
+            self.train()
         self.name_parts()
         if prompts is not None or self.dataset_classes():
             _ = self.prompts  # what is wrong with them is an error now
@@ -125,6 +149,9 @@ class GroundingDINO(MetaArch):
     @classmethod
     def from_config(cls, cfg) -> dict:
         node, group = cfg.MODEL.GROUNDING_DINO, "MODEL.GROUNDING_DINO"
+        pruning = None
+        if node.PRUNING.KEEP_RATIO not in (0, 1):
+            pruning = build(PruningConfig, cfg, f"{group}.PRUNING")
         weights = {key.lower(): value for key, value in node.CRITERION.WEIGHTS.items()}
         criterion = arguments(TokenCriterion, cfg, f"{group}.CRITERION") | {
             "matcher": build(TokenMatcher, cfg, f"{group}.CRITERION.MATCHER"),
@@ -137,6 +164,8 @@ class GroundingDINO(MetaArch):
                 "architecture": plain(node.ARCHITECTURE) or None,
                 "dataset": cfg.DATASETS.TEST or cfg.DATASETS.TRAIN,
                 "criterion": TokenCriterion(**criterion),
+                "pruning": pruning,
+                "swap": swap_config(cfg),
                 "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
             }
         )
@@ -234,7 +263,10 @@ class GroundingDINO(MetaArch):
 
     def train(self, mode: bool = True) -> "GroundingDINO":
         self.texts = {}
-        return super().train(mode)
+        super().train(mode)
+        if self.some_frozen:
+            rest_frozen(self.network)
+        return self
 
     def _apply(self, fn, recurse: bool = True) -> "GroundingDINO":
         self.texts = {}
@@ -265,10 +297,14 @@ class GroundingDINO(MetaArch):
         """
         batch, _, height, width = images.shape
         text = self.text_features(prompt).expand(batch, -1, -1)
-        known = {"model.text_backbone": Known(SimpleNamespace(last_hidden_state=text))}
+        parts: dict[str, nn.Module] = {
+            "model.text_backbone": Known(SimpleNamespace(last_hidden_state=text))
+        }
         if maps is not None:
-            known["model.backbone.conv_encoder"] = Known(maps)
-        network = replaced(self.network, known)
+            parts["model.backbone.conv_encoder"] = Known(maps)
+        encoder = self.network.model.encoder
+        parts["model.encoder"] = MapEncoder(encoder, self.pruners["encoder"], padding)
+        network = replaced(self.network, parts)
         if loss_function is not None:
             network.loss_function = loss_function
         try:
@@ -379,31 +415,6 @@ def gather_predictions(outputs: Any, layers: list[dict[str, Tensor]], length: in
     for layer in (*layers, *selected):
         layer["pred_logits"] = layer["pred_logits"][..., :length]
     return layers[-1] | {"aux_outputs": layers[:-1], "enc_outputs": selected}
-
-
-class Known(nn.Module):
-    """Stands in for a part of a network whose result is known."""
-
-    def __init__(self, result: Any) -> None:
-        super().__init__()
-        self.result = result
-
-    def forward(self, *_, **__) -> Any:
-        return self.result
-
-
-def replaced(module: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
-    """A shallow copy of a module with others in the place of some parts, by their names.
-
-    All else is the module's own, which stays as it is: other threads may run it meanwhile.
-    """
-    for name, part in parts.items():
-        child, _, inner = name.partition(".")
-        if inner:
-            part = replaced(module.get_submodule(child), {inner: part})
-        module = copy.copy(module)
-        module._modules = module._modules | {child: part}
-    return module
 
 
 # What the network is made of.

@@ -152,11 +152,8 @@ class MetaArch(nn.Module):
         detections: list = [None] * len(batched_inputs)
         for group in self.groups(batched_inputs, knobs):
             inputs = [batched_inputs[i] for i in group]
-            sizes = [
-                (x.get("height", x["image"].shape[1]), x.get("width", x["image"].shape[2]))
-                for x in inputs
-            ]
             outputs = self.predict(*self.preprocess(inputs), knobs=knobs[group[0]])
+            sizes = [original_size(x) for x in inputs]
             for i, instances in zip(group, self.postprocess(outputs, sizes)):
                 detections[i] = {"instances": instances}
         return detections
@@ -277,6 +274,12 @@ class MetaArch(nn.Module):
         if self.clock.step % LOG_PERIOD == 0 and has_event_storage():
             log_records(context.records)
         return losses
+
+
+def original_size(inputs: dict) -> tuple[int, int]:
+    """(height, width) that an image's boxes are given for."""
+    height, width = inputs["image"].shape[1:]
+    return inputs.get("height", height), inputs.get("width", width)
 
 
 def resize(images: Tensor, long_side: int, divisor: int) -> Tensor:

@@ -117,6 +117,11 @@ class TokenMap:
     prefix: int = 0
 
     @property
+    def maps(self) -> tuple["TokenMap", ...]:
+        """As :class:`TokenLevels` has them."""
+        return (self,)
+
+    @property
     def valid(self) -> Tensor | None:
         """(B, prefix + N) bool, False for tokens on padding; None if there is none."""
         if self.padding is None:
@@ -149,6 +154,32 @@ class TokenMap:
         if self.padding is None:
             return Regions(index.flatten(), count)
         return Regions((index + ~self.valid * count).flatten(), 2 * count)
+
+
+@dataclass(frozen=True)
+class TokenLevels:
+    """Where the tokens of several feature maps stand, one map's after the other's.
+
+    Attributes:
+        maps: of one batch, without prefix.
+    """
+
+    maps: tuple[TokenMap, ...]
+
+    @property
+    def valid(self) -> Tensor | None:
+        """(B, N) bool, False for tokens on padding; None if there is none."""
+        masks = [tokens.valid for tokens in self.maps]
+        return None if masks[0] is None else torch.cat(masks, dim=1)
+
+    def regions(self, size: int, batch: int, device: torch.device) -> "Regions":
+        """As :meth:`TokenMap.regions`; each map has regions of its own."""
+        indices, count = [], 0
+        for tokens in self.maps:
+            regions = tokens.regions(size, batch, device)
+            indices.append(regions.index.unflatten(0, (batch, -1)) + count)
+            count += regions.count
+        return Regions(torch.cat(indices, dim=1).flatten(), count)
 
 
 @dataclass(frozen=True)

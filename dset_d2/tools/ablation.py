@@ -28,6 +28,7 @@ import math
 import multiprocessing
 import re
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -219,9 +220,10 @@ def evaluate_all(candidates: list[Candidate], args: argparse.Namespace) -> None:
     with ExitStack() as stack:
         results: Iterable[dict] = map(work, pending)
         if args.jobs > 1:
-            processes = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(processes.Pool(args.jobs, torch.set_num_threads, (1,)))
-            results = pool.imap(work, pending)
+            # Not multiprocessing's Pool, whose processes may not have a loader's workers.
+            spawn = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(args.jobs, spawn, torch.set_num_threads, (1,))
+            results = stack.enter_context(pool).map(work, pending)
         bar = tqdm(results, desc="evaluating", unit="evaluation", total=len(pending))
         for (run, setting), result in zip(pending, bar):
             found = stored_evaluations(run.folder)

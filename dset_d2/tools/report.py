@@ -39,12 +39,12 @@ from ..data.mapper import read_picture
 from ..engine.console import ORDER, kind_of
 from ..engine.folder import CONFIG
 from ..files import write_atomically
-from ..modeling import forward_context
 from ..modeling.sparse import MemoryPruner, MoE, TokenPruner
 from ..synthetic.dataset import MARKER
 from ..visualization import (
     detection_picture,
     mean_statistics,
+    observe,
     plot_routing,
     rendered,
     routing_records,
@@ -358,7 +358,6 @@ def measured(model: nn.Module, inputs: list[dict]) -> dict:
     }
 
 
-@torch.no_grad()
 def draw_images(
     model: nn.Module,
     images: list[dict],
@@ -370,15 +369,14 @@ def draw_images(
     routings = defaultdict(list)
     for index, dataset_dict in enumerate(images[:PICTURED], 1):
         image = read_picture(dataset_dict).image
-        with forward_context(record=True) as context:
-            instances = model([mapper(dataset_dict)])[0]["instances"].to("cpu")
+        seen = observe(model, mapper(dataset_dict))
         truth = dataset_dict.get("annotations")
-        pictures = {f"detections_{index}": detection_picture(image, instances, truth, classes)}
+        pictures = {f"detections_{index}": detection_picture(image, seen.instances, truth, classes)}
         if index == 1:
-            pictures |= sparsity_pictures(image, context.records)
+            pictures |= sparsity_pictures(image, seen.records, seen.outputs)
         for name, picture in pictures.items():
             save(picture, folder / f"report_{name}.jpg")
-        for place, routing in routing_records(context.records).items():
+        for place, routing in routing_records(seen.records).items():
             routings[place].append(routing)
     if routings:
         save(rendered(plot_routing(mean_statistics(routings))), folder / "report_experts.jpg")

@@ -79,8 +79,9 @@ def main(argv: list[str] | None = None) -> None:
 
     cfg = read_config(args.config_file, args.opts, args.device)
     swap = OmegaConf.select(cfg, "model.swap")
-    if swap is not None:
-        cfg.model.swap = None
+    for key in ("swap", "trainable"):  # the dense model, which has no experts to be named
+        if OmegaConf.select(cfg, f"model.{key}") is not None:
+            cfg.model[key] = None
     model = build_model(cfg).eval()
     if args.weights:
         load_weights(model, args.weights, whole=True)

@@ -97,7 +97,11 @@ def start(run: Run, device: str | None, core: int | None) -> subprocess.Popen:
     command = [sys.executable, "-W", "ignore", "-m", "dset_d2.tools.lazyconfig_train_net"]
     begun = (folder / "last_checkpoint").exists()
     command += ["--config-file", config_file, "--resume" if begun else "--overwrite"]
-    command += ["train.report=false", *overrides, f"train.output_dir={folder}"]
+    command += [
+        "train.report=false",
+        *overrides,
+        f"train.output_dir={json.dumps(str(folder), ensure_ascii=False)}",
+    ]
     command += [f"train.device={device}"] if device else []
     env, bind = None, None
     if core is not None:

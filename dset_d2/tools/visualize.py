@@ -5,10 +5,11 @@
 
 draws the first images of the config's test set, ground truth on the left, or those that --input
 names. Each class has one colour, and a legend tells which. Beside NAME.png (detections) a sparse
-model gives NAME_kept_*.png (pruned tokens are dark), NAME_expert_*.png (a colour per expert) and
-experts.png (load and co-activation over all images). --budget-ms with a --latency-table of this
-machine (dset_d2.tools.latency_table) runs each image under a setting that fits, chosen by the
---controller if there is one.
+model gives NAME_kept_*.png (pruned tokens are dark), NAME_expert_*.png (a colour per expert, on the
+cells of its tokens or, for those of the decoder, at the boxes of its queries) and experts.png (load
+and co-activation over all images). --budget-ms with a --latency-table of this machine
+(dset_d2.tools.latency_table) runs each image under a setting that fits, chosen by the --controller
+if there is one.
 Names are those of the images, numbered where one would stand for two. The folder of an image that
 is read is no place for pictures.
 """
@@ -18,7 +19,6 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -26,8 +26,10 @@ from ..budget import Prediction, Predictor
 from ..files import write_atomically
 from ..modeling import forward_context
 from ..visualization import (
+    Observation,
     detection_picture,
     mean_statistics,
+    observe,
     plot_routing,
     rendered,
     routing_records,
@@ -58,17 +60,22 @@ def output_names(files: list[Path], folder: Path) -> list[str]:
     Raises:
         UsageError: if the folder holds one of the images.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output {folder}: is a file, not a folder for pictures")
-    for file in files:
-        if folder.resolve() in (file.parent.resolve(), file.resolve().parent):
-            raise UsageError(f"--output {folder}: holds the input {file}; name another folder")
+    check_folder(folder, files)
     names = [file.stem for file in files]
     distinct = len({name.casefold() for name in names}) == len(names)
     if distinct and not any(map(PICTURE.search, names)):
         return names
     digits = len(str(len(names)))
     return [f"{index:0{digits}}_{name}" for index, name in enumerate(names, 1)]
+
+
+def check_folder(folder: Path, files: list[Path]) -> None:
+    """Raise a :class:`UsageError` if pictures in a folder might replace one of the images."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output {folder}: is a file, not a folder for pictures")
+    for file in files:
+        if folder.resolve() in (file.parent.resolve(), file.resolve().parent):
+            raise UsageError(f"--output {folder}: holds the input {file}; name another folder")
 
 
 def save(picture: np.ndarray, path: Path) -> None:
@@ -87,7 +94,6 @@ def spending(predictions: list[Prediction], budget: float) -> str:
 
 
 @entry_point
-@torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     parser = ConfigToolParser(__doc__)
     parser.add_argument("--weights", help="of a run, or released; needless if the config has some")
@@ -131,20 +137,20 @@ def main(argv: list[str] | None = None) -> None:
     for dataset_dict, image in read_images(tqdm(dataset_dicts, desc="drawing")):
         height, width = image.shape[:2]
         inputs = mapper(dataset_dict) | {"height": height, "width": width}
-        with forward_context(record=True) as context:
-            if predictor is None:
-                instances = model([inputs])[0]["instances"]
-            else:
-                found = predictor.predict(inputs, args.budget_ms)
-                instances = found.instances
-                predictions.append(found)
+        if predictor is None:
+            seen = observe(model, inputs)
+        else:
+            with forward_context(record=True) as context:
+                predictions.append(predictor.predict(inputs, args.budget_ms))
+            seen = Observation(predictions[-1].instances.to("cpu"), None, context.records)
         annotations = dataset_dict.get("annotations")
-        drawn = detection_picture(image, instances, annotations, classes, args.threshold)
+        drawn = detection_picture(image, seen.instances, annotations, classes, args.threshold)
         name = dataset_dict["name"]
         save(drawn, args.output / f"{name}.png")
-        for part, picture in sparsity_pictures(image, context.records).items():
+        pictures = sparsity_pictures(image, seen.records, seen.outputs, args.threshold)
+        for part, picture in pictures.items():
             save(picture, args.output / f"{name}_{part}.png")
-        for place, routing in routing_records(context.records).items():
+        for place, routing in routing_records(seen.records).items():
             routings[place].append(routing)
     if routings:
         save(rendered(plot_routing(mean_statistics(routings))), args.output / "experts.png")

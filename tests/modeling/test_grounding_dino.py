@@ -1,13 +1,17 @@
 """Grounding DINO: the library's numbers, whose tokens are whose, what is kept, losses, folders."""
 
 import copy
+import io
 import json
-import logging
+import math
 import shutil
 import socket
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -23,10 +27,10 @@ from dset_d2.analysis.tracing import count_kernels
 from dset_d2.checkpoint import load_upstream
 from dset_d2.engine.ema import ModelEMA
 from dset_d2.engine.optimizer import build_adamw, parameter_groups
-from dset_d2.modeling import GroundingDINO, TokenCriterion, forward_context
+from dset_d2.modeling import GroundingDINO, Knobs, TokenCriterion, forward_context
 from dset_d2.modeling.prompts import clean, make_prompts, phrases_of
-from dset_d2.modeling.sparse import MoE, MoEConfig
-from dset_d2.tools import lazyconfig_train_net
+from dset_d2.modeling.sparse import MoE, MoEConfig, PruningConfig, SwapConfig
+from dset_d2.tools import analyze_experts, lazyconfig_train_net, swap_ffn
 
 from ..conftest import GROUNDING, PROMPTS, make_inputs, make_targets, tiny_grounding
 
@@ -34,6 +38,7 @@ pytest.importorskip("transformers", minversion="5.23")
 
 KINDS = ["grounding-dino", "mm-grounding-dino"]
 COCO_CONFIG = "projects/dynamic_dino/configs/grounding_dino_coco.py"
+DYNAMIC_CONFIG = "projects/dynamic_dino/configs/dynamic_dino_coco.py"
 
 
 # Prompts.
@@ -441,6 +446,144 @@ def test_experts_inside_of_it_record_and_give_losses():
     )
 
 
+# Sparse.
+
+HALF = PruningConfig(keep_ratio=0.5, min_tokens=2)
+
+
+def encoder_outputs(model: GroundingDINO, images, padding, records=None):
+    """What the image encoder puts out, which the library's network returns as well."""
+    with torch.no_grad(), forward_context(records=records):
+        outputs = model.run(images, padding, model.prompts[0])
+    return outputs.encoder_last_hidden_state_vision, outputs.encoder_last_hidden_state_text
+
+
+def dense_twin(model: GroundingDINO) -> GroundingDINO:
+    twin = copy.deepcopy(model)
+    twin.pruners["encoder"] = nn.ModuleList()
+    return twin
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kept_tokens_see_what_they_would_see_if_the_pruned_ones_stood_still(kind):
+    """Beside a dense run in which the pruned tokens are hidden from the text, and are set back to
+    what they were in front of each deformable attention and behind each layer."""
+    model = tiny_grounding(kind, architecture={"encoder_layers": 2}, pruning=HALF)
+    images, padding = padded_batch(model)
+    records: dict = {}
+    vision, text = encoder_outputs(model, images, padding, records)
+    assert list(records) == [f"pruning/encoder_{level}" for level in range(4)]
+    kept = torch.cat([record.kept_cells() for record in records.values()], 1)
+    assert kept.sum(1).tolist() == [48 + 12 + 3 + 2] * 2  # of 8 x 12, 4 x 6, 2 x 3, 1 x 2
+
+    dense = dense_twin(model)
+    dense.name_parts()
+    entered = []
+
+    def enter(module, args, kwargs):
+        entered.append(kwargs["vision_features"])
+
+    def hide(module, args, kwargs):
+        kwargs["attention_mask_vision"] = kwargs["attention_mask_vision"] | ~kept
+        return args, kwargs
+
+    def set_back(module, args, kwargs):
+        kwargs["hidden_states"] = torch.where(kept[..., None], kwargs["hidden_states"], entered[0])
+        return args, kwargs
+
+    def stand_still(module, args, outputs):
+        (vision, text), attentions = outputs
+        return (torch.where(kept[..., None], vision, entered[0]), text), attentions
+
+    encoder = dense.network.model.encoder
+    encoder.register_forward_pre_hook(enter, with_kwargs=True)
+    for layer in encoder.layers:
+        layer.fusion_layer.register_forward_pre_hook(hide, with_kwargs=True)
+        layer.deformable_layer.register_forward_pre_hook(set_back, with_kwargs=True)
+        layer.register_forward_hook(stand_still)
+    expected = encoder_outputs(dense, images, padding)
+    torch.testing.assert_close(vision, expected[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(text, expected[1], rtol=0, atol=1e-5)
+    assert torch.equal(vision[~kept], entered[0][~kept])
+
+
+@torch.no_grad()
+def test_pruning_answers_to_knobs_and_saves_what_it_prunes():
+    model = tiny_grounding(pruning=HALF)
+    inputs = make_inputs([(64, 96)])
+    images, padding = model.preprocess(inputs)
+    dense = dense_twin(model).predict(images, padding)
+    torch.testing.assert_close(
+        model.predict(images, padding, Knobs(keep_ratio=1.0)), dense, rtol=0, atol=0
+    )
+    assert not torch.equal(model.predict(images, padding)["pred_boxes"], dense["pred_boxes"])
+    ffns = "network.model.encoder.layers.0.deformable_layer.fc1"
+    half, whole = (count_flops(model, inputs, Knobs(keep_ratio=ratio)) for ratio in (0.5, 1.0))
+    assert whole.by_module[ffns] == 128 * 64 * 96 and half.by_module[ffns] == 65 * 64 * 96
+
+
+def test_the_scorers_of_all_levels_learn_from_boxes_and_from_the_task():
+    model = tiny_grounding(pruning=HALF).train()
+    losses = model(make_inputs([(64, 96), (50, 70)]))
+    names = [f"loss_foreground_encoder_{level}" for level in range(4)]
+    assert losses.keys() >= set(names)
+    detection = [loss for name, loss in losses.items() if name not in names]
+    last = [pruner.scorer.layers[-1].weight for pruner in model.pruners["encoder"]]
+    for part in (detection, [losses[name] for name in names]):
+        gradients = torch.autograd.grad(sum(part), last, retain_graph=True)
+        assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("pruning", [None, HALF])
+@torch.no_grad()
+def test_experts_of_the_encoder_know_the_cells_of_their_tokens(pruning):
+    layers = ("network.model.encoder.*",)
+    model = tiny_grounding(pruning=pruning, swap=SwapConfig(MoEConfig(4, 2), layers=layers))
+    with forward_context(record=True) as context:
+        model.predict(*padded_batch(model))
+    words, cells = (context.records[f"moe/{x}_0"] for x in ("text_enhancer_layer", "encoder"))
+    assert words.tokens is None and len(words.routing.experts) == 2 * len(model.prompts[0].ids)
+    maps = cells.tokens.maps
+    assert [where.shape for where in maps] == [(8, 12), (4, 6), (2, 3), (1, 2)]
+    kept = [48, 12, 3, 2] if pruning else [96, 24, 6, 2]
+    assert len(cells.routing.experts) == len(cells.valid) == 2 * sum(kept)
+    # Of the second image, 50 x 70 in 64 x 96, padding takes no part, as far as it was kept.
+    valid = cells.valid.unflatten(0, (2, -1)).split(kept, dim=1)
+    for where, mask in zip(maps, valid):
+        assert mask[0].all()
+        index = torch.arange(math.prod(where.shape)) if where.index is None else where.index[1]
+        inside = where.padding.valid_tokens(*where.shape)[1]
+        assert torch.equal(mask[1], inside[index])
+    assert not valid[0][1].all() or pruning
+
+
+def test_prunings_without_a_place_here_are_errors():
+    with pytest.raises(ValueError, match="scorer='attention' of pruning needs a ViT's"):
+        tiny_grounding(pruning=PruningConfig(0.5, scorer="attention"))
+    with pytest.raises(ValueError, match="placement='after' of pruning must be 'before' here"):
+        tiny_grounding(pruning=PruningConfig(0.5, placement="after"))
+
+
+@pytest.mark.parametrize("method", ["paper", "slots"])
+@torch.no_grad()
+def test_experts_start_from_the_folders_ffns(grounding_folder, method):
+    """Of encoder, text enhancer and decoder, with pruned tokens or without."""
+    inputs = make_inputs([(64, 96), (50, 70)])
+    for pruning in (None, HALF):
+        torch.manual_seed(1)
+        settings = {"folder": grounding_folder, "prompts": PROMPTS, "pruning": pruning}
+        dense = GroundingDINO(**settings).eval()
+        torch.manual_seed(1)
+        layers = ("network.model.encoder.*", "network.model.decoder.*")
+        swap = SwapConfig(MoEConfig(4, 2), method, layers)
+        sparse = GroundingDINO(**settings, swap=swap).eval()
+        assert len([m for m in sparse.modules() if isinstance(m, MoE)]) == 4
+        sparse.pruners.load_state_dict(dense.pruners.state_dict())
+        images, padding = dense.preprocess(inputs)
+        expected = dense.predict(images, padding)
+        torch.testing.assert_close(sparse.predict(images, padding), expected, rtol=0, atol=1e-5)
+
+
 def test_averages_and_checkpoints():
     model = tiny_grounding()
     inputs = make_inputs([(64, 96)])
@@ -503,6 +646,9 @@ def test_keys_of_the_older_configs(grounding_folder):
         ARCHITECTURE=GROUNDING, PROMPTS=["car"], CRITERION={"MATCHER": {"COST_GIOU": 3.0}}
     )
     assert random.network.config.d_model == 64 and random.criterion.matcher.cost_giou == 3.0
+    assert not len(random.pruners["encoder"])
+    pruned = built(ARCHITECTURE=GROUNDING, PROMPTS=["car"], PRUNING={"KEEP_RATIO": 0.6})
+    assert pruned.pruners["encoder"][3].config == PruningConfig(0.6)
     with pytest.raises(ValueError, match="folder='': name a local folder"):
         built(PROMPTS=["car"])
 
@@ -607,32 +753,68 @@ def test_the_library_that_is_missing_is_named(monkeypatch):
         GroundingDINO(architecture=GROUNDING, prompts=PROMPTS)
 
 
-def test_files_in_cocos_format_are_evaluated_as_the_readme_says(
-    grounding_folder, tmp_path, offline, caplog
-):
-    """Zero-shot, with a folder's weights alone."""
-    import cv2
-    import numpy as np
-
+def test_the_five_commands_of_the_projects_page(grounding_folder, tmp_path, offline):
+    """Zero-shot evaluation with a folder's weights alone, swap, tuning, evaluation, analysis."""
     noise = np.random.default_rng(0).integers(256, size=(60, 90, 3), dtype=np.uint8)
     images = [{"id": i, "file_name": f"{i}.png", "height": 60, "width": 90} for i in (1, 2)]
+    (tmp_path / "images").mkdir()
     for image in images:
-        cv2.imwrite(str(tmp_path / image["file_name"]), noise)
+        cv2.imwrite(str(tmp_path / "images" / image["file_name"]), noise)
     box = {"id": 1, "image_id": 1, "category_id": 7, "bbox": [5, 5, 40, 40]}
     box |= {"area": 1600, "iscrowd": 0}
     categories = [{"id": 3, "name": "Car"}, {"id": 7, "name": "TrafficCone"}]
     content = {"images": images, "annotations": [box], "categories": categories}
-    (tmp_path / "val.json").write_text(json.dumps(content))
-    caplog.set_level(logging.INFO)
+
+    def dataset(part: str) -> list[str]:
+        (tmp_path / f"{part}.json").write_text(json.dumps(content))
+        key = f"dataloader.{part}"
+        return [
+            f"{key}.dataset.names=my_{part}",
+            f"{key}.dataset.json_file={tmp_path / f'{part}.json'}",
+            f"{key}.dataset.image_root={tmp_path / 'images'}",
+            f"{key}.num_workers=0",
+        ]
+
+    common = [f"model.folder={grounding_folder}", *dataset("test")]
+    common += ["dataloader.image_size=[64,96]", "train.device=cpu"]
+    plain, dynamic = (["--config-file", path] for path in (COCO_CONFIG, DYNAMIC_CONFIG))
+
+    def detections(folder: str) -> list[dict]:
+        return json.loads((tmp_path / folder / "coco_instances_results.json").read_text())
+
+    lazyconfig_train_net.run(
+        ["--eval-only", *plain, *common, f"train.output_dir={tmp_path / 'zero'}"]
+    )
+    found = detections("zero")
+    assert {x["category_id"] for x in found} <= {3, 7} and len(found) == 80
+
+    swapped, photos = str(tmp_path / "swapped.pth"), str(tmp_path / "images")
+    with redirect_stdout(io.StringIO()) as printed:
+        swap_ffn.main(["--output", swapped, "--input", photos, *dynamic, "--device=cpu", *common])
+    changes = [x.split()[3] for x in printed.getvalue().splitlines() if "change by" in x]
+    assert len(changes) == 2 and max(map(float, changes)) < 1e-5
+
+    tuning = [*dataset("train"), f"train.init_checkpoint={swapped}", "train.max_iter=2"]
+    tuning += ["dataloader.train.total_batch_size=2", "train.eval_period=2", "train.report=false"]
+    lazyconfig_train_net.run([*dynamic, *common, *tuning, f"train.output_dir={tmp_path / 'run'}"])
+    weights = tmp_path / "run/model_best.pth"
+    lines = (tmp_path / "run/metrics.json").read_text().splitlines()
+    measured = json.loads(lines[-1])["bbox/AP"]
+
     lazyconfig_train_net.run(
         [
-            *("--eval-only", "--config-file", COCO_CONFIG, f"model.folder={grounding_folder}"),
-            "dataloader.test.dataset.names=mine",
-            f"dataloader.test.dataset.json_file={tmp_path / 'val.json'}",
-            f"dataloader.test.dataset.image_root={tmp_path}",
-            *("dataloader.image_size=[64,96]", "dataloader.test.num_workers=0"),
-            *("train.device=cpu", f"train.output_dir={tmp_path / 'out'}"),
+            *("--eval-only", *dynamic, *common),
+            *(f"train.init_checkpoint={weights}", f"train.output_dir={tmp_path / 'again'}"),
         ]
     )
-    found = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
-    assert {x["category_id"] for x in found} <= {3, 7} and len(found) == 80
+    assert detections("again") == detections("run") and measured == measured
+
+    analyze_experts.main(
+        [
+            *("--output", str(tmp_path / "experts"), "--num-images", "2", "--device", "cpu"),
+            *(*dynamic, "--weights", str(weights), *common),
+        ]
+    )
+    layers = json.loads((tmp_path / "experts/experts.json").read_text())["layers"]
+    assert list(layers) == ["decoder_0", "decoder_1"]
+    assert all(sum(layer["load"]) == pytest.approx(1) for layer in layers.values())

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dset_d2.modeling.tokens import Padding, TokenMap, mean_and_deviation
+from dset_d2.modeling.tokens import Padding, TokenLevels, TokenMap, mean_and_deviation
 
 from ..conftest import make_inputs, tiny_model
 
@@ -50,6 +50,23 @@ def test_regions_are_squares_of_each_image_and_of_its_padding():
     torch.testing.assert_close(means[0, 2, 4], values[14])
     torch.testing.assert_close(means[0, 1, 0], values[[0, 1, 5, 6]].mean(0))
     assert torch.autograd.gradcheck(regions.mean, values)
+
+
+def test_levels_are_the_maps_one_after_the_other():
+    padding = Padding(torch.tensor([[4, 4], [2, 4]]), (4, 4))
+    fine = TokenMap((2, 4), padding)
+    kept = fine.prune(torch.tensor([[0, 1, 5], [2, 4, 5]]))
+    coarse = TokenMap((1, 2), padding)
+    levels = TokenLevels((kept, coarse))
+    assert fine.maps == (fine,) and levels.maps == (kept, coarse)
+    assert levels.valid.tolist() == [[True] * 5, [False, True, True, True, False]]
+    assert TokenLevels((TokenMap((2, 4)), TokenMap((1, 2)))).valid is None
+    regions = levels.regions(2, 2, torch.device("cpu"))
+    first, second = regions.index.view(2, 5).tolist()
+    # Squares of 2 x 2 cells of either map, images and padding by themselves.
+    assert first[0] == first[1] == first[2] and second[1] == second[2] != second[0]
+    assert first[3] == first[4] and second[3] != second[4]
+    assert len({*first, *second}) == 6 and max(*first, *second) < regions.count
 
 
 def test_one_image_alone_has_its_gradients():

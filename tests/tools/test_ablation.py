@@ -15,6 +15,7 @@ from ..conftest import TINY_RUN, sparse_model, tiny_model
 DSET = "projects/dset/configs/dset_r18_roadside.py"
 DENSE = "configs/rtdetr/rtdetrv2_r18_roadside.py"
 TINY = [*TINY_RUN, "lr_multiplier.warmup_iters=1", "train.max_iter=2"]
+TINY += ["dataloader.test.num_workers=1"]  # a process with a child, as in real runs
 
 
 def test_variants_are_trained_once_and_set_side_by_side(tmp_path, monkeypatch, capsys):
@@ -32,9 +33,9 @@ def test_variants_are_trained_once_and_set_side_by_side(tmp_path, monkeypatch, c
         return noted
 
     monkeypatch.setattr(ablation, "check_data", check_data)
-    output = tmp_path / "ablation"
+    output = tmp_path / "ablation"  # the name of a run becomes an override's value
     options = ["--config-file", DSET, "--seeds", "0", "--output", str(output)]
-    options += ["--variant", f"dense: {DENSE}"]
+    options += ["--variant", f"dense, ü: {DENSE}"]
     options += [
         "--variant",
         "DSET: model.encoder.pruning.min_tokens=2 model.encoder.pruning.end_step=0",
@@ -45,7 +46,7 @@ def test_variants_are_trained_once_and_set_side_by_side(tmp_path, monkeypatch, c
     ablation.main(options)
     rows = json.loads((output / "results.json").read_text())
     dense, sparse, whole, same = rows
-    assert [row["variant"] for row in rows] == ["dense", "DSET", "DSET @1", "DSET @0.7"]
+    assert [row["variant"] for row in rows] == ["dense, ü", "DSET", "DSET @1", "DSET @0.7"]
     assert dense["latency_ratio"] == 1.0
     assert dense["foreground_recall"] == [None]
     kept, share = sparse["foreground_recall"][0]
@@ -59,15 +60,15 @@ def test_variants_are_trained_once_and_set_side_by_side(tmp_path, monkeypatch, c
     assert whole["foreground_recall"] == [[1.0, 1.0]]
     assert whole["GMACs"] != same["GMACs"]
     assert evaluated_at == ([1.0, 0.7] if jobs == 1 else [])  # else in other processes
-    assert [row["reference"] for row in rows] == ["dense", "dense", "dense", "DSET @1"]
+    assert [row["reference"] for row in rows] == ["dense, ü", "dense, ü", "dense, ü", "DSET @1"]
     assert same["AP_difference"] == [same["AP"][0] - whole["AP"][0]]
-    assert [row["curve"] for row in rows] == ["dense", "DSET", "DSET", "DSET"]
+    assert [row["curve"] for row in rows] == ["dense, ü", "DSET", "DSET", "DSET"]
     assert "latency ratio" in capsys.readouterr().out
     assert (output / "table.txt").read_text().splitlines()[-1].startswith("1 seed: how far")
     for picture in ("curves.png", "tradeoff.png"):
         assert (output / picture).stat().st_size > 0
 
-    runs = [output / "dense_0", output / "DSET_0"]
+    runs = [output / "dense, ü_0", output / "DSET_0"]
     files = [run / name for run in runs for name in ("stdout.txt", "evaluations.json")]
     before = [file.stat().st_mtime_ns for file in files]
     # One of them was killed before its last evaluation; a better one came before that.
@@ -88,7 +89,7 @@ def test_variants_are_trained_once_and_set_side_by_side(tmp_path, monkeypatch, c
 
     with pytest.raises(SystemExit):  # a longer run would be set beside shorter ones
         ablation.main([*options, "train.max_iter=3"])
-    assert "dense_0 holds a run with other settings" in capsys.readouterr().err
+    assert "dense, ü_0 holds a run with other settings" in capsys.readouterr().err
     (output / "DSET_0/settings.json").unlink()  # whatever run that was
     with pytest.raises(SystemExit):
         ablation.main(options)

@@ -94,7 +94,9 @@ def test_report_of_a_run(run):
         assert part in text
     pictures = {path.stem for path in run.glob("report_*.*") if Image.open(path).size[0] >= 160}
     wanted = ("curves", "detections_1", "detections_2", "experts", "kept_encoder_0")
-    assert pictures == {f"report_{x}" for x in (*wanted, "expert_encoder_0_0")}
+    layers = ("encoder_0_0", "decoder_0", "decoder_1", "decoder_2")
+    wanted += tuple(f"expert_{layer}" for layer in layers)
+    assert pictures == {f"report_{x}" for x in wanted}
     assert found["generated_scenes"] and "no published figure" in text
 
 

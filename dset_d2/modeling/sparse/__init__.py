@@ -9,7 +9,14 @@ from .pruning import (
     TokenPruner,
     ViTPruningConfig,
 )
-from .swap import SwapConfig, report_coactivation, restore_ffn, swap_ffn_for_moe, swap_ffns
+from .swap import (
+    SwapConfig,
+    report_coactivation,
+    restore_ffn,
+    swap_config,
+    swap_ffn_for_moe,
+    swap_ffns,
+)
 from .upcycling import initialize_from_pretrained_ffn
 
 __all__ = [
@@ -28,6 +35,7 @@ __all__ = [
     "moe_layers",
     "report_coactivation",
     "restore_ffn",
+    "swap_config",
     "swap_ffn_for_moe",
     "swap_ffns",
 ]

@@ -17,7 +17,7 @@ from ...clock import check_ramp, ramp
 from ..context import Part, current
 from ..ffn import FFN
 from ..layers import ACTIVATIONS, activation, check_choice
-from ..tokens import Regions, TokenMap
+from ..tokens import Regions, TokenLevels, TokenMap
 
 DISPATCHES = ("auto", "sorted", "grouped_mm", "dense")
 COMBINATIONS = ("mean", "sum")
@@ -320,7 +320,7 @@ class MoERecord(NamedTuple):
     config: MoEConfig
     routing: Routing
     valid: Tensor | None
-    tokens: TokenMap | None
+    tokens: TokenMap | TokenLevels | None
 
     def losses(self, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Weighted balance and z-losses."""

@@ -301,21 +301,32 @@ def foreground(
     targets: list[dict[str, Tensor]], shape: tuple[int, int], padding: Padding | None = None
 ) -> Tensor:
     """(B, H * W) bool: tokens whose cell a ground-truth box touches, at least one per box."""
-    height, width = shape
     masks = []
     for image, target in enumerate(targets):
-        centre, half = target["boxes"].float().split(2, dim=1)
-        low, high = centre - half / 2, centre + half / 2
-        size = low.new_tensor([width, height])
-        if padding is not None:
-            size = size * padding.ratio[image]
-        low, high = low * size, high * size  # in cells
-        x = torch.arange(width, device=low.device)
-        y = torch.arange(height, device=low.device)
-        across = (x + 1 > low[:, :1]) & (x < high[:, :1])
-        down = (y + 1 > low[:, 1:]) & (y < high[:, 1:])
-        masks.append((down[:, :, None] & across[:, None, :]).any(0).flatten())
+        ratio = None if padding is None else padding.ratio[image]
+        masks.append(touched_cells(target["boxes"], shape, ratio).any(0))
     return torch.stack(masks)
+
+
+def touched_cells(boxes: Tensor, shape: tuple[int, int], ratio: Tensor | None = None) -> Tensor:
+    """(n, H * W) bool: the cells of one image's map that each box touches, at least one.
+
+    Args:
+        boxes: (n, 4) cx, cy, w, h in [0, 1].
+        ratio: (2,) share of the map's width and height that is image; None: all.
+    """
+    height, width = shape
+    centre, half = boxes.float().split(2, dim=1)
+    low, high = centre - half / 2, centre + half / 2
+    size = low.new_tensor([width, height])
+    if ratio is not None:
+        size = size * ratio
+    low, high = low * size, high * size  # in cells
+    x = torch.arange(width, device=low.device)
+    y = torch.arange(height, device=low.device)
+    across = (x + 1 > low[:, :1]) & (x < high[:, :1])
+    down = (y + 1 > low[:, 1:]) & (y < high[:, 1:])
+    return (down[:, :, None] & across[:, None, :]).flatten(1)
 
 
 def similarity(tokens: Tensor, scores: Tensor, valid: Tensor | None) -> Tensor:

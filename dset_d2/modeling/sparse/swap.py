@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...arguments import arguments, build, naming_keys
 from ..context import current, name_parts
 from ..ffn import Seam, find_ffns, put
 from ..freezing import zero_gradients
@@ -233,6 +234,15 @@ def swap_ffns(model: nn.Module, config: SwapConfig) -> None:
         initialize_from_pretrained_ffn(moe, seams[name].linear1, seams[name].linear2, start)
         moe.begin = None if name in dense else config.start_step + index * config.every
     place(model, seams, made, keep=False)
+
+
+def swap_config(cfg) -> SwapConfig | None:
+    """``MODEL.SWAP`` of a ``CfgNode``."""
+    if not cfg.MODEL.SWAP.MOE.NUM_EXPERTS:
+        return None
+    moe = build(MoEConfig, cfg, "MODEL.SWAP.MOE")
+    with naming_keys(cfg, "MODEL.SWAP"):
+        return SwapConfig(moe, **arguments(SwapConfig, cfg, "MODEL.SWAP"))
 
 
 def restore_ffn(model: nn.Module) -> list[str]:

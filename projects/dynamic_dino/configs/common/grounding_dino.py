@@ -10,10 +10,16 @@ model = L(GroundingDINO)(
     dataset="${dataloader.test.dataset.names}",
     prompts=None,  # the names of the data set's classes
     text_limit=None,
+    trainable=None,  # all of it
     criterion=L(TokenCriterion)(
         matcher=L(TokenMatcher)(), weights={"ce": 2.0, "bbox": 5.0, "giou": 2.0}
     ),
 )
+
+# Patterns for ``model.trainable``: together what Dynamic-DINO trains.
+FUSION = ("*.encoder.layers.*.fusion_layer.*",)  # where image and text attend to each other
+EXPERTS = ("*.router.*", "*.experts.*")
+HEADS = ("*_embed.*",)  # of boxes and, in MM Grounding DINO, of classes
 
 
 def keep_aspect(dataloader):
