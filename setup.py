@@ -80,7 +80,8 @@ setup(
     ],
     extras_require={
         "opencv": ["opencv-python>=4.5.5.64"],
-        "grounding": ["transformers>=5.23"],  # Grounding DINO, Qwen3-VL-MoE; nothing else imports it
+        # For Grounding DINO and Qwen3-VL-MoE; nothing else imports it.
+        "grounding": ["transformers>=5.23"],
         "test": [
             "pytest>=7",
             "pytest-xdist>=3.7",

@@ -5,11 +5,14 @@ Nothing is fetched: the vocabulary is the words of the questions, the weights st
 
 import math
 import random
+import statistics
+import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,25 +20,27 @@ from tqdm import tqdm
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 from dset_d2.budget.language import Begun, Question, Qwen3VLMoE
-from dset_d2.synthetic import CATEGORIES, write_dataset
+from dset_d2.files import write_atomically
+from dset_d2.synthetic import CATEGORIES, camera_seed, frame_seed, render_scene
+from dset_d2.synthetic.dataset import VERSION
+from dset_d2.synthetic.models import CAR_COLOURS
 from dset_d2.synthetic.questions import (
-    NAMES,
     WORDS,
     Participant,
     TextQuestion,
     ask,
+    distance,
     mirrored,
-    read_labels,
+    participants,
 )
 
 SPECIAL = ("<pad>", "<image>", "<start>", "<end>")
 VOCABULARY = {word: index for index, word in enumerate((*SPECIAL, *WORDS))}
 PAD, IMAGE, START, END = range(len(SPECIAL))
-SHARPNESS = 4.0  # of what an image token names: logits per unit along a word's embedding
-# What an image token is taught to name: who covers it, and the side that it is on.
-NAMED = [
-    VOCABULARY[word] for word in (*(NAMES[category] for category in CATEGORIES), "left", "right")
-]
+# What the vision encoder is taught to tell of an image token: who covers it, whose centre it has,
+# its cars' colours, the side that it is on, and whether it has the nearest of a category.
+SHOWN = (*CATEGORIES, *(f"centre of {c}" for c in CATEGORIES), *CAR_COLOURS, "left", "right")
+SHOWN = {name: index for index, name in enumerate((*SHOWN, "nearest"))}
 
 
 class Size(NamedTuple):
@@ -69,6 +74,7 @@ def build_model(size: Size) -> Qwen3VLMoeForConditionalGeneration:
             rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[12, 10, 10]),
             use_cache=False,
             pad_token_id=PAD,
+            initializer_range=size.width**-0.5,
         ),
         vision_config=dict(
             depth=size.vision_depth,
@@ -81,6 +87,7 @@ def build_model(size: Size) -> Qwen3VLMoeForConditionalGeneration:
             out_hidden_size=size.width,
             num_position_embeddings=256,
             deepstack_visual_indexes=list(range(size.vision_depth))[1:3],
+            initializer_range=size.vision_width**-0.5,
         ),
         image_token_id=IMAGE,
         video_token_id=len(VOCABULARY),  # no video ever comes
@@ -90,7 +97,8 @@ def build_model(size: Size) -> Qwen3VLMoeForConditionalGeneration:
     model = Qwen3VLMoeForConditionalGeneration(config)
     model.set_experts_implementation("grouped_mm")
     with torch.no_grad():
-        model.get_input_embeddings().weight.normal_(std=size.width**-0.5)
+        for merger in model.model.visual.deepstack_merger_list:
+            merger.linear_fc2.weight.zero_()
         for block in model.model.language_model.layers:
             block.self_attn.o_proj.weight.zero_()
             block.mlp.experts.down_proj.zero_()
@@ -106,32 +114,43 @@ def encode(text: str) -> list[int]:
 
 
 class LabelledImage(NamedTuple):
-    """An image file and who is on it."""
+    """An image, (3, H, W) uint8 RGB, and who is on it."""
 
-    file: Path
+    image: Tensor
     participants: list[Participant]
 
-    def read(self, mirror: bool = False) -> tuple[Tensor, list[Participant]]:
-        """(3, H, W) uint8 RGB, and who is on it; ``mirror`` swaps left and right."""
-        image = torch.from_numpy(cv2.imread(str(self.file))[..., ::-1].copy()).permute(2, 0, 1)
-        if not mirror:
-            return image, self.participants
-        return image.flip(-1), mirrored(self.participants, image.shape[-1])
+    def mirrored(self) -> "LabelledImage":
+        """With left and right swapped."""
+        image = self.image.flip(-1)
+        return LabelledImage(image, mirrored(self.participants, image.shape[-1]))
 
 
 def draw_scenes(
-    root: Path, counts: Sequence[int], image: tuple[int, int], seed: int
+    file: Path, counts: Sequence[int], size: tuple[int, int], seed: int
 ) -> list[list[LabelledImage]]:
-    """Scenes in groups of so many; what is drawn already is kept."""
-    write_dataset(root, counts[0], sum(counts[1:]), *image, seed=seed)
-    side = root / "dair-v2x" / "single-infrastructure-side"
-    found = []
-    for index in range(sum(counts)):
-        file = side / "image" / f"{index:06d}.jpg"
-        labels = side / "label" / "camera" / f"{index:06d}.json"
-        found.append(LabelledImage(file, read_labels(labels)))
-    ends = [sum(counts[: n + 1]) for n in range(len(counts))]
-    return [found[end - count : end] for end, count in zip(ends, counts)]
+    """Scenes of (height, width) pixels in groups of so many; from the file if it has them.
+
+    Raises:
+        ValueError: if it has others.
+    """
+    wanted = repr((VERSION, sum(counts), size, seed))
+    if file.exists():
+        content = torch.load(file, weights_only=True)
+        if content["drawn"] != wanted:
+            raise ValueError(f"{file} has other scenes, {content['drawn']}; move it away")
+    else:
+        content = {"drawn": wanted, "images": [], "participants": []}
+        for index in tqdm(range(sum(counts)), desc="drawing scenes", unit="frame"):
+            site = camera_seed(seed, index)
+            image, objects = render_scene(frame_seed(seed, index), *size, site)
+            content["images"].append(torch.from_numpy(image).permute(2, 0, 1).contiguous())
+            content["participants"].append([tuple(one) for one in participants(objects)])
+        write_atomically(file, lambda target: torch.save(content, target))
+    drawn = (
+        LabelledImage(image, [Participant(*one) for one in seen])
+        for image, seen in zip(content["images"], content["participants"])
+    )
+    return [list(islice(drawn, count)) for count in counts]
 
 
 def make_items(scenes: Sequence[LabelledImage], seed: int) -> list[tuple[Question, TextQuestion]]:
@@ -139,9 +158,9 @@ def make_items(scenes: Sequence[LabelledImage], seed: int) -> list[tuple[Questio
     rng = random.Random(seed)
     items = []
     for scene in scenes:
-        image, participants = scene.read()
+        image, seen = scene
         kinds: dict[str, list[TextQuestion]] = {}
-        for asked in ask(participants, image.shape[-1], rng):
+        for asked in ask(seen, image.shape[-1], rng):
             kinds.setdefault(asked.kind, []).append(asked)
         if kinds:
             asked = rng.choice(kinds[rng.choice(sorted(kinds))])
@@ -222,13 +241,13 @@ def finish_packed(network: Qwen3VLMoE, begun: Begun, packed: Packed, setting: Ma
 
 def batches(
     scenes: Sequence[LabelledImage], size: int, rng: random.Random
-) -> Iterator[list[tuple[Tensor, list[Participant]]]]:
+) -> Iterator[list[LabelledImage]]:
     """Random scenes, half of them mirrored, without end."""
     while True:
         order = rng.sample(range(len(scenes)), len(scenes))
         for start in range(0, len(order) - size + 1, size):
-            chosen = order[start : start + size]
-            yield [scenes[index].read(rng.random() < 0.5) for index in chosen]
+            chosen = [scenes[index] for index in order[start : start + size]]
+            yield [scene.mirrored() if rng.random() < 0.5 else scene for scene in chosen]
 
 
 def make_optimizer(
@@ -244,114 +263,141 @@ def make_optimizer(
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def cells(
-    participants: Sequence[Participant], grid: tuple[int, int], size: tuple[int, int]
-) -> Tensor:
-    """(h * w, 2 C + 2) what the tokens of an image of ``size`` pixels show: for each of C
-    categories whether a box covers the token's centre, whether it is left and whether it is right
-    of the middle, and for each category whether a box's centre is in the token."""
-    count = len(CATEGORIES)
-    target = torch.zeros(*grid, 2 * count + 2)
-    target[:, : grid[1] // 2, count] = 1
-    target[:, -(grid[1] // 2) :, count + 1] = 1
+def cells(seen: Sequence[Participant], grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """(h * w, len(SHOWN)) what the tokens of an image of ``size`` pixels show, 0 or 1."""
+    target = torch.zeros(*grid, len(SHOWN))
+    target[:, : grid[1] // 2, SHOWN["left"]] = 1
+    target[:, -(grid[1] // 2) :, SHOWN["right"]] = 1
     scale = torch.tensor([grid[1] / size[1], grid[0] / size[0]]).repeat(2)
-    for participant in participants:
-        if participant.category not in CATEGORIES:
+    nearest = {one.category: one for one in sorted(seen, key=distance, reverse=True)}
+    for one in seen:
+        if one.category not in CATEGORIES:
             continue
-        category = CATEGORIES.index(participant.category)
-        box = torch.tensor(participant.box) * scale
-        left, top, right, bottom = (box + 0.5).long().tolist()
-        target[top:bottom, left:right, category] = 1
+        box = torch.tensor(one.box) * scale
+        left, top, right, bottom = (box + 0.5).long().tolist()  # of tokens whose centre it covers
         x, y = ((box[:2] + box[2:]) / 2).long().tolist()
-        centre = target[min(y, grid[0] - 1), min(x, grid[1] - 1)]
-        centre[[category, count + 2 + category]] = 1
+        shown = [one.category]
+        if one.colour:
+            shown.append(one.colour)
+        if one is nearest[one.category]:
+            shown.append("nearest")
+        for name in shown:
+            target[top:bottom, left:right, SHOWN[name]] = 1
+        for name in (*shown, f"centre of {one.category}"):
+            target[min(y, grid[0] - 1), min(x, grid[1] - 1), SHOWN[name]] = 1
     return target.flatten(0, 1)
+
+
+class Recipe(NamedTuple):
+    """How a network is trained.
+
+    ``vision_steps`` teach the vision encoder what its tokens show, then ``answer_steps`` the rest
+    to answer. The latter begin, for a share ``shallow`` of them, with the fewest blocks that can
+    run; blocks that join later begin as identities. Each step has ``batch`` images.
+    """
+
+    vision_steps: int
+    answer_steps: int
+    shallow: float
+    batch: int
+    rate: float = 1e-3
+
+
+def train(
+    network: Qwen3VLMoE,
+    scenes: Sequence[LabelledImage],
+    settings: Sequence[Mapping],
+    recipe: Recipe,
+    seed: int,
+) -> dict:
+    """Train a network whose settings, the full one first, shall all answer.
+
+    Returns:
+        The minutes that it took, the number of parameters, and means over the last 50 steps: the
+        vision encoder's loss and the accuracy of the answers.
+    """
+    rng, start = random.Random(seed), time.perf_counter()
+    network.model.train()
+    loss = train_vision(network, scenes, settings, recipe, rng)
+    right = train_answers(network, scenes, settings, recipe, rng)
+    network.model.eval()
+    return {
+        "minutes": (time.perf_counter() - start) / 60,
+        "parameters": sum(p.numel() for p in network.model.parameters()),
+        "vision_loss": loss,
+        "training_accuracy": right,
+    }
 
 
 def train_vision(
     network: Qwen3VLMoE,
     scenes: Sequence[LabelledImage],
-    tiers: Sequence[int],
-    steps: int,
-    batch: int,
-    rate: float,
+    settings: Sequence[Mapping],
+    recipe: Recipe,
     rng: random.Random,
 ) -> float:
-    """Teach the vision encoder to name what stands where; returns the last losses' mean.
-
-    Tokens name it by the very embeddings of the words, which questions then find.
-    """
+    """Teach the vision encoder what its tokens show; returns the last losses' mean."""
     model = network.model.model
-    embeddings = network.model.get_input_embeddings().weight
-    head = nn.Linear(embeddings.shape[1], len(NAMED) + len(CATEGORIES)).to(embeddings.device)
-    nn.init.zeros_(head.weight)
+    head = nn.Linear(model.config.vision_config.out_hidden_size, len(SHOWN))
+    nn.init.constant_(head.bias, -3.0)  # most of it is rare
+    head.to(network.model.device)
     parameters = [*model.visual.parameters(), *head.parameters()]
-    optimizer, schedule = make_optimizer(parameters, rate, steps)
+    optimizer, schedule = make_optimizer(parameters, recipe.rate, recipe.vision_steps)
     losses = []
-    bar = tqdm(range(steps), desc="vision encoder", mininterval=5)
-    for _, chosen in zip(bar, batches(scenes, batch, rng)):
-        size = network.image_size(rng.choice(tiers))
-        images = [image for image, _ in chosen]
-        read = network.processor(images=images, size=size, return_tensors="pt")
+    bar = tqdm(range(recipe.vision_steps), desc="vision encoder", mininterval=5)
+    for _, chosen in zip(bar, batches(scenes, recipe.batch, rng)):
+        size = network.image_size(rng.choice(settings)["image_tokens"])
+        read = network.processor(images=[s.image for s in chosen], size=size, return_tensors="pt")
         read = read.to(network.model.device)
         merge = network.processor.merge_size
         grid = tuple((read["image_grid_thw"][0, 1:] // merge).tolist())
-        targets = torch.cat([cells(p, grid, image.shape[1:]) for image, p in chosen])
+        targets = torch.cat([cells(seen, grid, image.shape[1:]) for image, seen in chosen])
         output = model.get_image_features(read["pixel_values"], read["image_grid_thw"])
-        features = torch.cat(output.pooler_output)
-        names = features @ embeddings[NAMED].detach().T
-        logits = head(features) + F.pad(SHARPNESS * names, (0, len(CATEGORIES)))
-        losses.append(descend(binary_loss(logits, targets), parameters, optimizer, schedule))
-        bar.set_postfix_str(f"loss {sum(losses[-50:]) / len(losses[-50:]):.3f}", refresh=False)
-    return sum(losses[-50:]) / len(losses[-50:])
-
-
-def binary_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross-entropy, summed over the (tokens, classes)' classes."""
-    loss = F.binary_cross_entropy_with_logits(logits, targets.to(logits), reduction="none")
-    return loss.sum(-1).mean()
+        logits = head(torch.cat(output.pooler_output))
+        # Summed over an image, so that a tier of many tokens counts as much as one of few.
+        loss = F.binary_cross_entropy_with_logits(logits, targets.to(logits), reduction="sum")
+        losses.append(descend(loss / recipe.batch, parameters, optimizer, schedule))
+        bar.set_postfix_str(f"loss {statistics.fmean(losses[-50:]):.3f}", refresh=False)
+    return statistics.fmean(losses[-50:])
 
 
 def train_answers(
     network: Qwen3VLMoE,
     scenes: Sequence[LabelledImage],
     settings: Sequence[Mapping],
-    steps: int,
-    shallow: float,
-    batch: int,
-    rate: float,
+    recipe: Recipe,
     rng: random.Random,
 ) -> float:
     """Teach the rest to answer, each step under one setting; returns the last accuracies' mean.
 
-    The vision encoder's blocks stay as they were; what hands their features to the text learns.
-
-    Args:
-        settings: one of them is drawn, in one of four steps the first, which is the full one.
-        shallow: share of the steps, from the first on, that run the fewest blocks that can run;
-            blocks that join later begin as identities.
+    One step in four has the full setting, the first one. The vision encoder's blocks stay as they
+    were; what hands their features to the text learns. All kinds of questions weigh the same.
     """
     visual = network.model.model.visual
     for part in (visual.patch_embed, visual.pos_embed, visual.blocks):
         part.requires_grad_(False)
     parameters = [p for p in network.model.parameters() if p.requires_grad]
-    optimizer, schedule = make_optimizer(parameters, rate, steps)
+    optimizer, schedule = make_optimizer(parameters, recipe.rate, recipe.answer_steps)
     least = network.depth - len(network.optional)
     hits = []
-    bar = tqdm(range(steps), desc="answers", mininterval=5)
-    for step, chosen in zip(bar, batches(scenes, batch, rng)):
+    bar = tqdm(range(recipe.answer_steps), desc="answers", mininterval=5)
+    for step, chosen in zip(bar, batches(scenes, recipe.batch, rng)):
         setting = dict(settings[0] if rng.random() < 0.25 else rng.choice(settings))
-        if step < shallow * steps:
+        if step < recipe.shallow * recipe.answer_steps:
             setting["blocks"] = least
         images = [image for image, _ in chosen]
-        asked = [ask(p, image.shape[-1], rng) for image, p in chosen]
+        asked = [ask(seen, image.shape[-1], rng) for image, seen in chosen]
         packed = pack(network, images, asked, setting["image_tokens"])
         logits = answer_packed(network, packed, setting)
+        kinds = [question.kind for questions in asked for question in questions]
+        often = Counter(kinds)
+        weights = torch.tensor([1 / often[kind] / len(often) for kind in kinds]).to(logits)
         answers = packed.answers.to(logits.device)
-        descend(F.cross_entropy(logits.float(), answers), parameters, optimizer, schedule)
+        losses = F.cross_entropy(logits.float(), answers, reduction="none")
+        descend((weights * losses).sum(), parameters, optimizer, schedule)
         hits.append((logits.argmax(-1) == answers).float().mean().item())
-        bar.set_postfix_str(f"right {sum(hits[-50:]) / len(hits[-50:]):.3f}", refresh=False)
-    return sum(hits[-50:]) / len(hits[-50:])
+        bar.set_postfix_str(f"right {statistics.fmean(hits[-50:]):.3f}", refresh=False)
+    return statistics.fmean(hits[-50:])
 
 
 def descend(loss: Tensor, parameters: Sequence[nn.Parameter], optimizer, schedule) -> float:

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from answering import (
     LabelledImage,
+    Recipe,
     Size,
     answer_packed,
     build_model,
@@ -29,8 +30,7 @@ from answering import (
     finish_packed,
     make_items,
     pack,
-    train_answers,
-    train_vision,
+    train,
 )
 from matplotlib.figure import Figure
 from tabulate import tabulate
@@ -66,8 +66,6 @@ class Study:
     Attributes:
         scenes: for training, for controllers and for evaluation.
         image_tokens, top_k, blocks: values of the knobs.
-        vision_steps, answer_steps: of training, ``batch`` images each.
-        shallow: see :func:`train_answers`.
         rounds: how often each setting is timed, twice.
         budgets: how many between the fastest and the slowest setting; as many less one lie
             between them that no controller was trained with.
@@ -80,10 +78,7 @@ class Study:
     image_tokens: tuple[int, ...]
     top_k: tuple[int, ...]
     blocks: tuple[int, ...]
-    vision_steps: int
-    answer_steps: int
-    shallow: float
-    batch: int
+    recipe: Recipe
     rounds: int
     budgets: int
     grpo_steps: int
@@ -95,12 +90,9 @@ FULL = Study(
     size=Size(256, 64, 16, 8, 16, 128, 4, (192, 288)),
     scenes=(1000, 200, 200),
     image_tokens=(54, 24, 6),
-    top_k=(8, 6, 4),
-    blocks=(16, 14, 12),
-    vision_steps=900,
-    answer_steps=1200,
-    shallow=0.8,
-    batch=6,
+    top_k=(8, 4, 2),
+    blocks=(16, 10, 4),
+    recipe=Recipe(vision_steps=3000, answer_steps=600, shallow=0.7, batch=4),
     rounds=15,
     budgets=6,
     grpo_steps=400,
@@ -113,10 +105,7 @@ SMOKE = Study(
     image_tokens=(6, 2),
     top_k=(4, 2),
     blocks=(6, 4),
-    vision_steps=2,
-    answer_steps=3,
-    shallow=0.4,
-    batch=2,
+    recipe=Recipe(vision_steps=2, answer_steps=3, shallow=0.4, batch=2),
     rounds=2,
     budgets=2,
     grpo_steps=2,
@@ -140,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (folder / "network.pt").exists():  # what another one answered is of no use
         for name in ("fit", "test"):
             (folder / f"{name}.npz").unlink(missing_ok=True)
-    groups = draw_scenes(folder / "scenes", study.scenes, study.size.image, args.seed)
+    groups = draw_scenes(folder / "scenes.pt", study.scenes, study.size.image, args.seed)
     network, trained = prepare_network(study, folder / "network.pt", groups[0], args.seed)
     subject = LanguageSubject(network, study.image_tokens, study.top_k, study.blocks)
     fit, test = (make_items(scenes, args.seed + n) for n, scenes in enumerate(groups[1:], 1))
@@ -187,8 +176,10 @@ def prepare_network(
     Raises:
         ValueError: if the file is of another one.
     """
+    torch.manual_seed(seed)
     network = Qwen3VLMoE(build_model(study.size).to(device()))
-    recipe = repr((study.size, study.scenes[0], study.vision_steps, study.answer_steps, seed))
+    knobs = study.image_tokens, study.top_k, study.blocks
+    recipe = repr((study.size, study.scenes, knobs, study.recipe, seed))
     if file.exists():
         content = torch.load(file, weights_only=True, map_location=network.model.device)
         if content["recipe"] != recipe:
@@ -196,32 +187,9 @@ def prepare_network(
         network.model.load_state_dict(content["weights"])
         network.model.eval()
         return network, content["trained"]
-    rng = random.Random(seed)
-    subject = LanguageSubject(network, study.image_tokens, study.top_k, study.blocks)
-    network.model.train()
     print("training the network")
-    start = time.perf_counter()
-    loss = train_vision(
-        network, scenes, study.image_tokens, study.vision_steps, study.batch, 1e-3, rng
-    )
-    right = train_answers(
-        network,
-        scenes,
-        subject.settings,
-        study.answer_steps,
-        study.shallow,
-        study.batch,
-        1e-3,
-        rng,
-    )
-    network.model.eval()
-    parameters = sum(p.numel() for p in network.model.parameters())
-    trained = {
-        "minutes": (time.perf_counter() - start) / 60,
-        "vision_loss": loss,
-        "training_accuracy": right,
-        "parameters": parameters,
-    }
+    subject = LanguageSubject(network, study.image_tokens, study.top_k, study.blocks)
+    trained = train(network, scenes, subject.settings, study.recipe, seed)
     content = {"recipe": recipe, "trained": trained, "weights": network.model.state_dict()}
     write_atomically(file, lambda target: torch.save(content, target))
     return network, trained

@@ -36,7 +36,8 @@ def network(project):
 @pytest.fixture
 def items(project, tmp_path):
     evaluate, answering = project
-    (scenes,) = answering.draw_scenes(tmp_path, [4], evaluate.SMOKE.size.image, seed=1)
+    file = tmp_path / "scenes.pt"
+    (scenes,) = answering.draw_scenes(file, [4], evaluate.SMOKE.size.image, seed=1)
     return scenes, answering.make_items(scenes, seed=2)
 
 
@@ -47,9 +48,9 @@ def test_questions_that_share_an_image_are_answered_as_alone(project, network, i
     subject = LanguageSubject(network, (6, 2), (4, 2), (6, 4))
     images, asked = [], []
     for mirror, scene in enumerate(items[0][:2]):
-        image, participants = scene.read(bool(mirror))
+        image, seen = scene.mirrored() if mirror else scene
         images.append(image)
-        questions = answering.ask(participants, image.shape[-1], random.Random(mirror))
+        questions = answering.ask(seen, image.shape[-1], random.Random(mirror))
         asked.append(questions[: 4 + 3 * mirror])  # of unlike lengths
     assert [len(questions) for questions in asked] == [4, 7]
     for setting in (subject.settings[0], subject.settings[-1]):
@@ -68,34 +69,56 @@ def test_questions_that_share_an_image_are_answered_as_alone(project, network, i
         assert index == len(together)
 
 
-def test_tokens_know_which_boxes_cover_them(project):
+def test_scenes_are_drawn_once_and_in_groups(project, items, tmp_path, monkeypatch):
+    evaluate, answering = project
+    file, size = tmp_path / "scenes.pt", evaluate.SMOKE.size.image
+    (scenes, _) = items
+    assert all(scene.image.shape == (3, *size) for scene in scenes)
+    monkeypatch.delattr(answering, "render_scene")  # what is there is not drawn again
+    first, others = answering.draw_scenes(file, [1, 3], size, seed=1)
+    assert [scene.participants for scene in (*first, *others)] == [s.participants for s in scenes]
+    assert torch.equal(others[2].image, scenes[3].image)
+    twice = scenes[0].mirrored().mirrored()
+    assert torch.equal(twice.image, scenes[0].image)
+    for one, again in zip(scenes[0].participants, twice.participants, strict=True):
+        assert again.box == pytest.approx(one.box)
+    with pytest.raises(ValueError, match="scenes.pt has other scenes, .* move it away"):
+        answering.draw_scenes(file, [4], size, seed=2)
+
+
+def test_tokens_know_what_they_show(project):
     _, answering = project
     from dset_d2.synthetic.questions import Participant
 
-    bus = answering.CATEGORIES.index("Bus")
     # Of 2 x 3 tokens of 32 pixels: from the middle of the first to the right edge, first row.
-    objects = [Participant("Bus", (10.0, 2.0, 96.0, 30.0), 9.0)]
-    found = answering.cells(objects, (2, 3), (64, 96))
-    count = len(answering.CATEGORIES)
-    assert found[:, bus].tolist() == [1, 1, 1, 0, 0, 0]
-    assert found[:, count + 2 + bus].tolist() == [0, 1, 0, 0, 0, 0]
+    seen = [
+        Participant("Car", (10.0, 2.0, 96.0, 30.0), 9.0, "red"),
+        Participant("Car", (70.0, 40.0, 80.0, 60.0), 20.0, "grey"),
+        Participant("PedestrianIgnore", (0.0, 0.0, 96.0, 64.0), 5.0),
+    ]
+    found = answering.cells(seen, (2, 3), (64, 96)).view(2, 3, -1)
+    show = {name: found[..., index].int().tolist() for name, index in answering.SHOWN.items()}
+    assert show.pop("Car") == [[1, 1, 1], [0, 0, 1]]
+    assert show.pop("centre of Car") == [[0, 1, 0], [0, 0, 1]]
+    assert show.pop("red") == show.pop("nearest") == [[1, 1, 1], [0, 0, 0]]
+    assert show.pop("grey") == [[0, 0, 0], [0, 0, 1]]
     # The token in the middle is neither left nor right.
-    assert found[:, count : count + 2].tolist() == 2 * [[1, 0], [0, 0], [0, 1]]
-    assert found.sum() == 8
+    assert show.pop("left") == [[1, 0, 0]] * 2 and show.pop("right") == [[0, 0, 1]] * 2
+    assert not any(map(sum, sum(show.values(), []))), "others are shown"
 
 
 def test_a_network_learns_the_scenes_that_it_sees(project, network, items):
     """Loss and accuracy of training come from what was learned: two scenes are learned by heart."""
     evaluate, answering = project
     scenes = items[0][:2]
-    first = answering.train_vision(network, scenes, (6,), 2, 2, 1e-3, random.Random(0))
-    later = answering.train_vision(network, scenes, (6,), 40, 2, 3e-3, random.Random(0))
-    assert later < 0.8 * first
     settings = [{"image_tokens": 6, "top_k": 4, "blocks": 6}]
     settings += [{"image_tokens": 6, "top_k": 2, "blocks": 5}]
-    before = answering.train_answers(network, scenes, settings, 1, 0, 2, 0.0, random.Random(0))
-    right = answering.train_answers(network, scenes, settings, 60, 0.3, 2, 2e-3, random.Random(0))
-    assert before < 0.5 and right > 0.6
+    unchanged = answering.Recipe(1, 1, 0, 2, rate=0.0)
+    before = answering.train(network, scenes, settings, unchanged, seed=0)
+    after = answering.train(network, scenes, settings, answering.Recipe(40, 60, 0.3, 2, 3e-3), 0)
+    assert after["vision_loss"] < 0.8 * before["vision_loss"]
+    assert before["training_accuracy"] < 0.5 and after["training_accuracy"] > 0.6
+    assert after["minutes"] > 0 and not network.model.training
 
 
 def test_the_command_runs_and_uses_what_is_there(project, tmp_path, monkeypatch, capsys):
@@ -121,13 +144,18 @@ def test_the_command_runs_and_uses_what_is_there(project, tmp_path, monkeypatch,
     def never(*_):
         raise AssertionError("what is there was made again")
 
-    for name in ("train_vision", "train_answers", "measure_table", "finish_packed"):
+    for name in ("train", "measure_table", "finish_packed"):
         monkeypatch.setattr(evaluate, name, never)
     evaluate.main(["--smoke", "--output", str(tmp_path)])
     again = json.loads((tmp_path / "results.json").read_text())
     assert again["settings"] == results["settings"]
-    with pytest.raises(ValueError, match="is of another training, .* move it away"):
-        evaluate.main(["--smoke", "--output", str(tmp_path), "--seed", "1"])
+    for file, wrong in (
+        ("scenes.pt", "has other scenes"),
+        ("network.pt", "is of another training"),
+    ):
+        with pytest.raises(ValueError, match=f"{file} {wrong}, .* move it away"):
+            evaluate.main(["--smoke", "--output", str(tmp_path), "--seed", "1"])
+        (tmp_path / file).unlink()
 
 
 def test_batches_say_of_questions_what_the_subject_says(project, network, items):
