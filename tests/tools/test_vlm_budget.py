@@ -138,6 +138,9 @@ def test_the_command_runs_and_uses_what_is_there(project, tmp_path, monkeypatch,
         )
         if row["controller"] != "full":  # which may not fit
             assert 0 <= row["accuracy"] <= best <= 1
+    kinds = {row["questions"]: row for row in results["kinds"]}
+    count = kinds.pop("all")["count"]
+    assert count == sum(row["count"] for row in kinds.values()) <= evaluate.SMOKE.scenes[2]
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
     assert "Repeated measurements differ by" in capsys.readouterr().out
 
