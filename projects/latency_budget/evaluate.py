@@ -6,8 +6,8 @@ compares them.
 Draws scenes of mixed difficulty, trains a small supernet per seed, measures the latency table, runs
 all settings on frames that the detector was not trained on, fits and trains controllers on some of
 these, and evaluates on the others: AP against measured latency under seen and unseen budgets. What
-is done is kept in the folder and not done again; --controls 0 1 also trains what the supernets of these
-seeds are to be compared with. Writes results.json, tables.txt, tradeoff.png and grpo.png.
+is done is kept in the folder and not done again; --controls 0 1 also trains what the supernets of
+these seeds are to be compared with. Writes results.json, tables.txt, tradeoff.png and grpo.png.
 
 Latencies are of one device: nothing else should run on it meanwhile.
 """
