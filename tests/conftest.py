@@ -22,10 +22,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
 import dset_d2
+from dset_d2.clock import shared_step
 from dset_d2.modeling.sparse import MemoryPruningConfig, MoEConfig, PruningConfig
 
-# Processes are forked from one that has imported the libraries, which takes seconds, and nothing else
-# was done in.
+# Processes of tests are forked from one that has imported all and done nothing else: importing it
+# takes seconds.
 IMPORTED = multiprocessing.get_context("forkserver")
 IMPORTED.set_forkserver_preload([__name__, "dset_d2.tools.preparation"])
 
@@ -219,6 +220,7 @@ def in_two_processes(worker: Callable, *args) -> None:
 
 
 def _join(rank: int, port: int, worker: Callable, args: tuple) -> None:
+    shared_step.__init__()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
     torch.set_num_threads(1)
@@ -244,11 +246,14 @@ def run_python(words: list[str], cwd: Path, env: dict[str, str]) -> subprocess.C
 def _main(words: list[str], cwd: Path, env: dict[str, str], files: list[Path]) -> None:
     for stream, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+    shared_step.__init__()  # else one for all that are forked from the same process
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
     warnings.simplefilter("ignore")
-    multiprocessing.set_start_method(None, force=True)  # the default: a child has that of its parent
+    multiprocessing.set_start_method(
+        None, force=True
+    )  # the default: a child has that of its parent
     try:
         if words[0] == "-m":
             sys.argv = words[1:]
