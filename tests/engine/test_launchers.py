@@ -46,7 +46,7 @@ def command(launcher, output: Path, *options: str, config: str = DENSE) -> list[
 
 
 def environment(datasets: Path) -> dict[str, str]:
-    return os.environ | {"DETECTRON2_DATASETS": str(datasets), "OMP_NUM_THREADS": "2"}
+    return os.environ | {"DETECTRON2_DATASETS": str(datasets)}
 
 
 def run(
