@@ -251,9 +251,7 @@ def _main(words: list[str], cwd: Path, env: dict[str, str], files: list[Path]) -
     os.environ.clear()
     os.environ.update(env)
     warnings.simplefilter("ignore")
-    multiprocessing.set_start_method(
-        None, force=True
-    )  # the default: a child has that of its parent
+    multiprocessing.set_start_method(None, force=True)  # the default, not the parent's
     try:
         if words[0] == "-m":
             sys.argv = words[1:]
