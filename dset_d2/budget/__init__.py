@@ -9,13 +9,13 @@ from .controller import (
     load_controller,
     matched_random,
     oracle,
+    run_within,
     save_controller,
 )
 from .detector import DetectorSubject
 from .grpo import GRPO, GRPOConfig
 from .latency_table import LatencyTable, fingerprint, measure_table
 from .outcomes import Outcomes
-from .predictor import Prediction, Predictor
 from .reward import REWARDS, NotesReward, QualityReward, soft_f1
 from .subject import Setting, Space, Subject, grid, key_of
 
@@ -29,8 +29,6 @@ __all__ = [
     "LatencyTable",
     "NotesReward",
     "Outcomes",
-    "Prediction",
-    "Predictor",
     "QualityRegression",
     "QualityReward",
     "Setting",
@@ -45,6 +43,7 @@ __all__ = [
     "matched_random",
     "measure_table",
     "oracle",
+    "run_within",
     "save_controller",
     "soft_f1",
 ]

@@ -4,14 +4,16 @@ All choose among what is feasible, by scores (N, T) of the T tiers and (N, S) of
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..analysis.latency import synchronised_time
 from ..files import write_atomically
+from .latency_table import LatencyTable
 from .outcomes import Outcomes
-from .subject import Space
+from .subject import Space, Subject
 
 RIDGES = 10.0 ** torch.arange(-1, 6)  # strengths of regularisation that are tried
 
@@ -285,6 +287,46 @@ def network(inputs: int, hidden_dim: int, outputs: int) -> nn.Sequential:
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     return nn.Sequential(nn.Linear(inputs, hidden_dim), nn.ReLU(), last)
+
+
+class Execution(NamedTuple):
+    """A run within a budget.
+
+    Attributes:
+        setting: its index in the table.
+        milliseconds: measured, the choice included.
+        expected: the table's p95 of the setting.
+    """
+
+    output: Any
+    setting: int
+    milliseconds: float
+    expected: float
+
+
+def run_within(
+    subject: Subject,
+    table: LatencyTable,
+    controller: Controller | None,
+    item: Any,
+    budget_ms: float,
+) -> Execution:
+    """Run an item in two stages, each under what the controller chooses for it.
+
+    Args:
+        controller: None takes the slowest setting that fits.
+    """
+    start = synchronised_time()
+    p50, p95 = table.of(subject, item)
+    # Where nothing is known of qualities, what takes longer is taken for better.
+    controller = controller or BestStatic(table.space, p50)
+    budget = torch.tensor([budget_ms])
+    feasible = feasible_settings(p95[None], budget)
+    tier = controller.choose_tier(subject.known(item)[None], budget, feasible)
+    state = subject.begin(item, table.space.first(int(tier)))
+    index = int(controller.choose(state.features[None], tier, budget, feasible))
+    output = subject.finish(state, table.settings[index])
+    return Execution(output, index, 1e3 * (synchronised_time() - start), float(p95[index]))
 
 
 CONTROLLERS = {kind.__name__: kind for kind in (BestStatic, QualityRegression, TwoStagePolicy)}

@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from ..analysis.latency import device_name, measure
 from ..files import write_atomically
-from .subject import Key, Setting, Subject, key_of
+from .subject import Key, Setting, Space, Subject, key_of
 
 LEAST_SPAN = 0.03  # share of the latency; a knob that changes less of it is dropped
 IMAGES = re.compile(r"(\d+)x(\d+)x(\d+)x(\d+)")
@@ -53,6 +54,11 @@ class LatencyTable:
     times: dict[tuple[str, Key], Times]
     dropped: dict[str, float] = field(default_factory=dict)
     rows: dict[tuple[str, ...], Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def space(self) -> Space:
+        """The settings as what controllers choose among."""
+        return Space(self.settings, self.tier)
 
     def check(self, subject: Subject) -> None:
         """Raise a ``ValueError`` unless the table is of this model, device and threads."""

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..files import write_atomically
 from .latency_table import LatencyTable
-from .subject import Space, Subject
+from .subject import Subject
 
 
 class Outcomes:
@@ -39,8 +39,8 @@ class Outcomes:
         keep: bool = False,
     ) -> None:
         table.check(subject)
-        self.subject, self.items, self.file = subject, items, file
-        self.space = Space(table.settings, table.tier)
+        self.subject, self.items, self.table, self.file = subject, items, table, file
+        self.space = table.space
         self.known = torch.stack([subject.known(item).float() for item in items])
         times = [table.of(subject, item) for item in items]
         self.p50 = torch.stack([p50 for p50, _ in times])

@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..budget import Prediction, Predictor
 from ..files import write_atomically
+from ..inference import Prediction, Predictor
 from ..modeling import forward_context
 from ..visualization import (
     Observation,

@@ -6,8 +6,8 @@ compares them.
 Draws scenes of mixed difficulty, trains a small supernet per seed, measures the latency table, runs
 all settings on frames that the detector was not trained on, fits and trains controllers on some of
 these, and evaluates on the others: AP against measured latency under seen and unseen budgets. What
-is done is kept in the folder and not done again; --controls also trains what the supernet is to be
-compared with. Writes results.json, tables.txt, tradeoff.png and grpo.png.
+is done is kept in the folder and not done again; --controls 0 1 also trains what the supernets of
+these seeds are to be compared with. Writes results.json, tables.txt, tradeoff.png and grpo.png.
 
 Latencies are of one device: nothing else should run on it meanwhile.
 """
@@ -15,41 +15,27 @@ Latencies are of one device: nothing else should run on it meanwhile.
 import argparse
 import contextlib
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Instances
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from tabulate import tabulate
 from torch import Tensor
-from tqdm import tqdm
 
-from dset_d2.analysis import measure
-from dset_d2.analysis.latency import synchronised_time
-from dset_d2.budget import (
-    GRPO,
-    REWARDS,
-    BestStatic,
-    Controller,
-    DetectorSubject,
-    GRPOConfig,
-    LatencyTable,
-    Outcomes,
-    Predictor,
-    QualityRegression,
-    TwoStagePolicy,
-    feasible_settings,
-    matched_random,
-    measure_table,
-    oracle,
-    save_controller,
+from dset_d2.budget import DetectorSubject, GRPOConfig, LatencyTable, Outcomes, measure_table
+from dset_d2.budget.comparison import (
+    compare,
+    conclusions,
+    draw_curves,
+    draw_tradeoff,
+    means,
+    overhead,
+    spaced_budgets,
+    teach,
 )
 from dset_d2.synthetic import write_dataset
 from dset_d2.tools.common import (
@@ -67,7 +53,7 @@ from dset_d2.tools.common import (
 )
 from dset_d2.tools.trainings import Run, claim, train
 
-CONFIG = "projects/latency_budget/configs/vit_moe_roadside.py"
+CONFIG = str(Path(__file__).parent.resolve() / "configs" / "vit_moe_roadside.py")
 SCALES = (1.0, 0.75, 0.5)
 # What the supernet is compared with, at the scale and the knobs of each: trained for them alone.
 SEPARATE = {
@@ -132,7 +118,7 @@ def runs_of(args: argparse.Namespace) -> dict[str, list[Run]]:
                 + [*own, f"train.seed={seed}"],
                 args.output / f"{name}_{seed}",
             )
-            for seed in args.seeds
+            for seed in (args.seeds if name == "supernet" else args.controls)
         ]
         for name, own in variants.items()
     }
@@ -170,254 +156,84 @@ def study_of(run: Run, args: argparse.Namespace) -> Study:
     return Study(subject, table, taught.run_all(), held_out.run_all(), Scorer(evaluator, parts[1]))
 
 
-# Controllers.
-
-
-def budgets_of(table: LatencyTable, count: int) -> tuple[list[float], list[float]]:
-    """Budgets that controllers are trained for, and those half way between them, which they are
-    not; evenly by their logarithms."""
-    low, high = table.range()
-    both = np.geomspace(1.02 * low, 1.02 * high, 2 * count - 1).tolist()
-    return both[::2], both[1::2]
-
-
-def teach(
-    study: Study, seen: list[float], seed: int, folder: Path, args: argparse.Namespace
-) -> dict[str, Controller]:
-    """The controllers, and the files of their weights and curves."""
-    controllers: dict[str, Controller] = {
-        "static": BestStatic.fit(study.taught),
-        "regression": QualityRegression.fit(study.taught),
-    }
-    ends = seen[0], seen[-1]
-    for name, reward in (("GRPO", "quality"), ("GRPO, notes", "notes")):
-        torch.manual_seed(seed)
-        policy = TwoStagePolicy.start(study.taught, ends)
-        config = GRPOConfig(steps=args.grpo_steps, budgets=tuple(seen), seed=seed)
-        grpo = GRPO(policy, study.taught, ends, config, REWARDS[reward]())
-        place = folder / reward
-        if (place / "grpo.pth").exists():
-            grpo.load(place)
-        controllers[name] = grpo.train()
-        grpo.save(place)
-    for name, controller in controllers.items():
-        save_controller(folder / f"{name}.pth", controller)
-    return controllers
-
-
-def choices_of(
-    study: Study, controllers: dict[str, Controller], budget: float, seed: int
-) -> dict[str, Tensor]:
-    """The settings (N,) of the held-out items, by who chose them."""
-    outcomes = study.held_out
-    count = len(outcomes.items)
-    items, budgets = torch.arange(count), torch.full((count,), budget)
-    chosen = {name: c.decide(outcomes, items, budgets) for name, c in controllers.items()}
-    feasible = feasible_settings(outcomes.p95, budgets)
-    generator = torch.Generator().manual_seed(seed)
-    chosen["random"] = matched_random(chosen["GRPO"], outcomes.p95, generator)
-    chosen["oracle"] = oracle(outcomes.quality, outcomes.p50, feasible)
-    chosen["full"] = torch.zeros(count, dtype=torch.long)
-    return chosen
-
-
-# Evaluation.
-
-
-def clock(subject: DetectorSubject, item: dict, setting: dict) -> float:
-    """Milliseconds of a run under a setting."""
-    start = synchronised_time()
-    subject.finish(subject.begin(item, setting), setting)
-    return 1e3 * (synchronised_time() - start)
-
-
-def measure_choices(
-    study: Study, controllers: dict[str, Controller], chosen: dict[str, Tensor], budget: float
-) -> dict[str, np.ndarray]:
-    """Measured milliseconds (N,) of each who chooses; controllers decide while they are timed."""
-    outcomes, settings = study.held_out, study.table.settings
-    predictors = {
-        name: Predictor(study.subject.model, study.table, controllers[name]) for name in controllers
-    }
-    times: dict[str, list[float]] = {name: [] for name in chosen}
-    for index, item in enumerate(outcomes.items):
-        for name in chosen:
-            if name in predictors:
-                times[name].append(predictors[name].predict(item, budget).milliseconds)
-            else:
-                setting = settings[int(chosen[name][index])]
-                times[name].append(clock(study.subject, item, setting))
-    return {name: np.array(values) for name, values in times.items()}
-
-
-def evaluate(study: Study, controllers: dict[str, Controller], budgets, seed: int) -> list[dict]:
-    """A row for each budget and each who chooses."""
-    rows, outcomes = [], study.held_out
-    seen, unseen = budgets
-    for budget in tqdm(sorted([*seen, *unseen]), desc="budgets", leave=False, disable=None):
-        chosen = choices_of(study, controllers, budget, seed)
-        times = measure_choices(study, controllers, chosen, budget)
-        items = torch.arange(len(outcomes.items))
-        for name, settings in chosen.items():
-            expected = outcomes.p50[items, settings]
-            rows.append(
-                {
-                    "seed": seed,
-                    "budget": budget,
-                    "seen": budget in seen,
-                    "who": name,
-                    "AP": study.scorer.of_choices(outcomes, settings),
-                    "quality": float(outcomes.quality[items, settings].mean()),
-                    "expected_ms": float(expected.mean()),
-                    "measured_ms": float(times[name].mean()),
-                    "p95_ms": float(np.percentile(times[name], 95)),
-                    "violations": float((times[name] > budget).mean()),
-                    "utilisation": float(times[name].mean() / budget),
-                    "settings": int(settings.unique().numel()),
-                }
-            )
-    return rows
-
-
-def overhead(study: Study, controllers: dict[str, Controller]) -> dict[str, float]:
-    """Median share of the full model's latency that decisions for one image take."""
-    outcomes, budget = study.held_out, torch.tensor([study.table.range()[1]])
-    feasible = feasible_settings(outcomes.p95[:1], budget)
-    item, features = outcomes.items[0], outcomes.look(torch.tensor([0]))[0]
-
-    def decide(controller: Controller) -> None:
-        tier = controller.choose_tier(study.subject.known(item)[None], budget, feasible)
-        controller.choose(features[tier], tier, budget, feasible)
-
-    calls = {name: lambda c=c: decide(c) for name, c in controllers.items()}  # type: ignore[misc]
-    full = float(outcomes.p50[0, 0])
-    return {name: 1e3 * x.median / full for name, x in measure(calls, 100, 10).items()}
-
-
-def agreement(study: Study) -> tuple[float, list[float]]:
-    """Spearman's correlation of the settings' mean quality with their AP, and the APs."""
+def agreement(study: Study) -> float:
+    """Spearman's correlation of the settings' mean quality with their AP."""
     count = len(study.held_out.items)
     aps = [
         study.scorer.of_choices(study.held_out, torch.full((count,), setting))
         for setting in range(len(study.table.settings))
     ]
-    return float(spearmanr(study.held_out.quality.mean(0).numpy(), aps).statistic), aps
+    return float(spearmanr(study.held_out.quality.mean(0).numpy(), aps).statistic)
 
 
 def compare_trainings(
-    runs: dict[str, list[Run]], studies: list[Study], args: argparse.Namespace
+    runs: dict[str, list[Run]], studies: dict[int, Study], args: argparse.Namespace
 ) -> list[dict]:
     """AP at the separately trained settings: of those trainings, of the supernets, and of the
     same network that never met random settings."""
     rows = []
-    for seed, study in enumerate(studies):
+    for index, seed in enumerate(args.controls):
+        study = studies[seed]
         models = {"supernet": study.subject.model}
         for name in ("random", "plain", *SEPARATE):
-            run = runs[name][seed]
+            run = runs[name][index]
             models[name] = build_model(read_config(run.config_file, run.overrides, args.device))
             load_weights(models[name].eval(), run.folder / WEIGHTS, whole=True)
-        size = study.subject.image_size
         for name, (scale, knobs) in SEPARATE.items():
             setting = {"scale": scale, **knobs}
             for training in ("supernet", "random", "plain", name):
-                subject = DetectorSubject(models[training], size, [setting])  # type: ignore[arg-type]
+                subject = DetectorSubject(models[training], study.subject.image_size, [setting])
                 items = study.held_out.items
                 found = [subject.finish(subject.begin(x, setting), setting) for x in items]
                 label = "separate" if training == name else training
-                row = {"seed": args.seeds[seed], "setting": name, "training": label}
-                rows.append(row | {"AP": study.scorer(found)})  # type: ignore[arg-type]
+                row = {"seed": seed, "setting": name, "training": label}
+                rows.append(row | {"AP": study.scorer(found)})
     return rows
 
 
 # What is written.
 
 
-def mean_rows(rows: list[dict], keys: Sequence[str], values: Sequence[str]) -> list[list]:
-    """Means over the seeds of the values of rows with equal keys."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return [
-        [*key, *(float(np.mean([row[value] for row in group])) for value in values)]
-        for key, group in groups.items()
-    ]
-
-
 def tables(results: dict) -> str:
     """The results as text."""
-    keys, values = ("budget", "seen", "who"), ("AP", "measured_ms", "violations", "utilisation")
+    about = results["about"]
+    keys, values = ("budget", "seen", "who"), ("score", "measured_ms", "violations", "utilisation")
     lines = [
-        f"{results['about']['device']}, {results['about']['threads']} threads",
-        f"knobs, share of the latency: {results['about']['spans']}",
-        f"dropped: {results['dropped']}; repeated measurement: {results['about']['error']}",
-        f"rank agreement of quality and AP: {results['agreement']}",
-        f"overhead of decisions: {results['overhead']}",
-        tabulate(mean_rows(results["rows"], keys, values), (*keys, *values), floatfmt=".3f"),
+        f"{about['machine']}; quality and AP agree in rank: {results['agreement']}",
+        f"knobs, share of the latency: {about['spans']}",
+        f"dropped: {results['dropped']}; repeated measurement: {about['error']}",
+        f"overhead of decisions, share of the full latency: {results['overhead']}",
+        tabulate(means(results["rows"], keys, values), headers="keys", floatfmt=".3f"),
+        tabulate(results["conclusions"], headers="keys", floatfmt=".3f"),
     ]
     if results["trainings"]:
-        keys, values = ("setting", "training"), ("AP",)  # type: ignore[assignment]
-        rows = mean_rows(results["trainings"], keys, values)
-        lines.append(tabulate(rows, (*keys, *values), floatfmt=".2f"))
+        rows = means(results["trainings"], ("setting", "training"), ("AP",))
+        lines.append(tabulate(rows, headers="keys", floatfmt=".2f"))
     return "\n\n".join(lines)
-
-
-def draw_tradeoff(results: dict) -> Figure:
-    """AP against measured latency, a point for each budget; unseen ones are hollow."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    keys, values = ("who", "budget", "seen"), ("measured_ms", "AP")
-    rows = mean_rows(results["rows"], keys, values)
-    for who in dict.fromkeys(row[0] for row in rows):
-        own = sorted((row for row in rows if row[0] == who), key=lambda row: row[3])
-        if who == "full":
-            axes.plot(own[0][3], own[0][4], "k*", markersize=12, label=who)
-            continue
-        (line,) = axes.plot([r[3] for r in own], [r[4] for r in own], label=who)
-        for row in own:
-            fill = line.get_color() if row[2] else "white"
-            axes.plot(row[3], row[4], "o", color=line.get_color(), markerfacecolor=fill)
-    axes.set(xlabel="measured latency, mean, ms", ylabel="AP, %")
-    axes.legend()
-    return figure
-
-
-def draw_curves(folders: Sequence[Path]) -> Figure:
-    """The curves of GRPO, of all seeds."""
-    names = ("reward", "quality", "zero_variance", "entropy", "divergence", "utilisation")
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    for axes, name in zip(figure.subplots(2, 3).flat, names):
-        for folder in folders:
-            for reward in REWARDS:
-                history = json.loads((folder / reward / "grpo.json").read_text())
-                values = np.array([row[name] for row in history])
-                window = max(1, len(values) // 30)
-                smooth = np.convolve(values, np.ones(window) / window, "valid")
-                axes.plot(smooth, color="C0" if reward == "quality" else "C1", linewidth=0.8)
-        axes.set_title(name)
-    figure.suptitle("GRPO by step, one line per seed; blue: quality, orange: the notes' reward")
-    return figure
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    FigureCanvasAgg(figure).print_png(str(path))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = ToolParser(__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--train", type=int, default=960, help="frames for the detector")
+    parser.add_argument("--train", type=int, default=480, help="frames for the detector")
     parser.add_argument("--frames", type=int, default=300, help="for the controllers")
     parser.add_argument("--held-out", type=int, default=150, help="for the comparison")
     parser.add_argument("--size", type=int, nargs=2, default=[288, 512], metavar=("H", "W"))
     parser.add_argument("--budgets", type=int, default=5, help="that controllers are trained for")
     parser.add_argument("--rounds", type=int, default=30, help="of the latency table")
     parser.add_argument("--grpo-steps", type=int, default=GRPOConfig.steps)
-    parser.add_argument("--controls", action="store_true", help="train controls of the supernet")
+    parser.add_argument("--timed", type=int, default=60, help="of these that are timed")
+    parser.add_argument(
+        "--controls", type=int, nargs="*", default=[], help="seeds of the supernet's controls"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
     parser.add_argument("--device")
     parser.add_argument("opts", nargs="*", metavar="key=value", help="overrides of the config")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not set(args.controls) <= set(args.seeds):
+        parser.error(f"--controls {args.controls}: must be among --seeds {args.seeds}")
+    return args
 
 
 @entry_point
@@ -432,15 +248,16 @@ def main(argv: list[str] | None = None) -> None:
         claim(run)
     train(everything, args.device, args.jobs)
 
-    studies, rows, agreements, overheads = [], [], [], []
-    for seed, run in zip(args.seeds, runs["supernet"]):
-        study = study_of(run, args)
-        studies.append(study)
-        budgets = budgets_of(study.table, args.budgets)
-        controllers = teach(study, budgets[0], seed, run.folder, args)
-        rows += evaluate(study, controllers, budgets, seed)
-        agreements.append(agreement(study)[0])
-        overheads.append(overhead(study, controllers))
+    studies = [study_of(run, args) for run in runs["supernet"]]
+    rows, agreements, overheads = [], [], []
+    for seed, run, study in zip(args.seeds, runs["supernet"], studies):
+        budgets = spaced_budgets(study.table, args.budgets)
+        config = GRPOConfig(steps=args.grpo_steps, seed=seed)
+        controllers = teach(study.taught, budgets[0], run.folder, config)
+        scorer = study.scorer.of_choices
+        rows += compare(study.held_out, controllers, budgets, seed, scorer, args.timed)
+        agreements.append(agreement(study))
+        overheads.append(overhead(study.held_out, controllers))
     table = studies[0].table
     results = {
         "about": table.about | {"machine": describe_device(studies[0].subject.device)},
@@ -449,13 +266,14 @@ def main(argv: list[str] | None = None) -> None:
         "agreement": agreements,
         "overhead": overheads,
         "rows": rows,
-        "trainings": compare_trainings(runs, studies, args) if args.controls else [],
+        "conclusions": conclusions(rows),
+        "trainings": compare_trainings(runs, dict(zip(args.seeds, studies)), args),
     }
     write_json(args.output / "results.json", results)
     (args.output / "tables.txt").write_text(tables(results) + "\n")
-    save_figure(draw_tradeoff(results), args.output / "tradeoff.png")
+    draw_tradeoff(rows, "AP").savefig(args.output / "tradeoff.png")
     folders = [run.folder for run in runs["supernet"]]
-    save_figure(draw_curves(folders), args.output / "grpo.png")
+    draw_curves(folders).savefig(args.output / "grpo.png")
     print(tables(results))
 
 

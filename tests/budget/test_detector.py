@@ -14,11 +14,11 @@ from dset_d2.budget import (
     DetectorSubject,
     LatencyTable,
     Outcomes,
-    Predictor,
     Space,
     measure_table,
     save_controller,
 )
+from dset_d2.inference import Predictor
 from dset_d2.modeling import Knobs, SupernetConfig
 from dset_d2.modeling.sparse import ViTPruningConfig
 from dset_d2.tools import latency_table, visualize

@@ -28,14 +28,14 @@ def test_the_study_from_trained_weights_to_its_tables(script, tmp_path, capsys):
     options = "--train 2 --frames 6 --held-out 3 --size 96 160 --seeds 0 --rounds 1 --budgets 2"
     command = [*options.split(), "--grpo-steps", "3", "--device", "cpu"]
     script.main([*command, "--output", str(tmp_path), *TINY])
-    assert "rank agreement of quality and AP" in capsys.readouterr().out
+    assert "quality and AP agree in rank" in capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
     who = {"static", "random", "regression", "GRPO", "GRPO, notes", "oracle", "full"}
     assert {row["who"] for row in results["rows"]} == who
     assert len(results["rows"]) == 3 * len(who)  # two seen budgets and one between
     by_who = {(row["who"], row["budget"]): row for row in results["rows"]}
     for (name, budget), row in by_who.items():
-        assert row["measured_ms"] > 0 and 0 <= row["AP"] <= 100
+        assert row["measured_ms"] > 0 and 0 <= row["score"] <= 100
         if name != "full":
             assert row["quality"] <= by_who["oracle", budget]["quality"] + 1e-6
     assert len(json.loads((folder / "quality" / "grpo.json").read_text())) == 3
@@ -44,7 +44,7 @@ def test_the_study_from_trained_weights_to_its_tables(script, tmp_path, capsys):
 
 
 def test_controls_are_trained_for_one_setting_each(script, tmp_path):
-    args = script.parse(["--output", str(tmp_path), "--seeds", "3", "--controls"])
+    args = script.parse(["--output", str(tmp_path), "--seeds", "3", "--controls", "3"])
     runs = script.runs_of(args)
     assert list(runs) == ["supernet", "random", "plain", *script.SEPARATE]
     for name, (scale, knobs) in script.SEPARATE.items():
@@ -52,4 +52,6 @@ def test_controls_are_trained_for_one_setting_each(script, tmp_path):
         assert {k: list(cfg.model.supernet[k]) for k in knobs} == {k: [v] for k, v in knobs.items()}
         assert list(cfg.dataloader.image_size) == [256 * scale, 448 * scale // 32 * 32]
         assert cfg.model.multi_scale == [] and cfg.train.seed == 3
+    with pytest.raises(SystemExit):
+        script.parse(["--output", str(tmp_path), "--controls", "3"])
     assert read_config(script.CONFIG, runs["plain"][0].overrides).model.supernet is None

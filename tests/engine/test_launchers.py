@@ -14,7 +14,7 @@ import torch
 from dset_d2.engine.optimizer import flat_cosine
 from dset_d2.synthetic import write_dataset
 
-from ..conftest import TINY_RUN
+from ..conftest import TINY_RUN, run_python
 
 ROOT = Path(__file__).parents[2]
 DENSE = "configs/rtdetr/rtdetrv2_r18_roadside.py"
@@ -39,27 +39,22 @@ def datasets(tmp_path_factory) -> Path:
 
 
 def command(launcher, output: Path, *options: str, config: str = DENSE) -> list[str]:
+    """Words after ``python``."""
     flags = [option for option in options if option.startswith("--")]
     overrides = [option for option in options if not option.startswith("--")]
-    python = [sys.executable, "-W", "ignore", *launcher, "--config-file", config]
-    return [*python, *flags, *TINY, f"train.output_dir={output}", *overrides]
+    own = [*TINY, f"train.output_dir={output}"]
+    return [*launcher, "--config-file", config, *flags, *own, *overrides]
 
 
 def environment(datasets: Path) -> dict[str, str]:
-    return os.environ | {"DETECTRON2_DATASETS": str(datasets), "OMP_NUM_THREADS": "2"}
+    return os.environ | {"DETECTRON2_DATASETS": str(datasets)}
 
 
 def run(
     datasets: Path, launcher, output: Path, *options: str, config: str = DENSE
 ) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(launcher, output, *options, config=config),
-        env=environment(datasets),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    words = command(launcher, output, *options, config=config)
+    return run_python(words, cwd=ROOT, env=environment(datasets))
 
 
 def metrics(output: Path) -> list[dict]:
@@ -70,28 +65,26 @@ def losses(output: Path) -> dict[int, dict]:
     return {m["iteration"]: m for m in metrics(output) if "total_loss" in m}
 
 
-def test_a_supernet_trains_by_the_stock_launcher(datasets, tmp_path):
-    shape = ["model.backbone.vit={embed_dim:32,depth:8,num_heads:2}"]
-    shape += ["model.backbone.adapter.in_channels=32", "train.max_iter=2", "train.eval_period=2"]
-    result = run(datasets, STOCK, tmp_path, *shape, config=SUPERNET)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert all(row["loss_distillation"] > 0 for row in losses(tmp_path).values())
-    assert torch.load(tmp_path / "model_final.pth", weights_only=True)["model"]["clock.steps"] == 2
-
-
 def test_stock_launcher_trains_resumes_and_evaluates(datasets, tmp_path):
+    """A supernet, whose settings belong to the model."""
+    shape = ["model.backbone.vit={embed_dim:32,depth:8,num_heads:2}"]
+    options = [*shape, "model.backbone.adapter.in_channels=32"]
+
+    def launch(*given: str) -> subprocess.CompletedProcess:
+        result = run(datasets, STOCK, tmp_path, *options, *given, config=SUPERNET)
+        assert result.returncode == 0, result.stderr[-2000:]
+        return result
+
     periods = ["train.eval_period=4", "train.checkpointer.period=4"]
-    result = run(datasets, STOCK, tmp_path, "train.max_iter=4", *periods)
-    assert result.returncode == 0, result.stderr[-2000:]
-    result = run(datasets, STOCK, tmp_path, "--resume", "train.max_iter=6", *periods)
-    assert result.returncode == 0, result.stderr[-2000:]
+    launch("train.max_iter=4", *periods)
+    launch("--resume", "train.max_iter=6", *periods)
     assert sorted(losses(tmp_path)) == [0, 1, 2, 3, 4, 5]
+    assert all(row["loss_distillation"] > 0 for row in losses(tmp_path).values())
     assert any("bbox/AP50" in m for m in metrics(tmp_path))
     state = torch.load(tmp_path / "model_final.pth", weights_only=True)
     assert int(state["model"]["clock.steps"]) == 6
-    final = f"train.init_checkpoint={tmp_path}/model_final.pth"
-    result = run(datasets, STOCK, tmp_path, "--eval-only", final)
-    assert result.returncode == 0 and "copypaste: Task: bbox" in result.stdout
+    result = launch("--eval-only", f"train.init_checkpoint={tmp_path}/model_final.pth")
+    assert "copypaste: Task: bbox" in result.stdout
 
 
 def check_console(stdout: str, folder: Path) -> None:
@@ -144,7 +137,7 @@ def test_killed_run_resumes_exactly(datasets, tmp_path):
     options = ["train.max_iter=12", "train.eval_period=100", "train.checkpointer.period=3"]
     options += ["model.encoder.pruning.min_tokens=2", "model.encoder.pruning.end_step=10"]
     process = subprocess.Popen(
-        command(OURS, tmp_path, *options, config=SPARSE),
+        [sys.executable, "-W", "ignore", *command(OURS, tmp_path, *options, config=SPARSE)],
         env=environment(datasets),
         cwd=ROOT,
         stdout=subprocess.DEVNULL,

@@ -9,13 +9,9 @@ import torch
 from detectron2.data import transforms as T
 from detectron2.structures import Instances
 
-from ..analysis.latency import synchronised_time
+from ..budget import Controller, DetectorSubject, LatencyTable, load_controller, run_within
 from ..data.mapper import read_image
 from ..modeling import DETRDetector
-from .controller import BestStatic, Controller, feasible_settings, load_controller
-from .detector import DetectorSubject
-from .latency_table import LatencyTable
-from .subject import Space
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +61,6 @@ class Predictor:
         if controller is not None and controller.space.settings != table.settings:
             raise ValueError("the controller chooses among other settings than the latency table's")
         self.controller = controller
-        self.space = Space(table.settings, table.tier)
         self.resize = T.Resize(self.subject.image_size)
 
     def __call__(self, image: str | Path | np.ndarray, budget_ms: float) -> Prediction:
@@ -84,22 +79,12 @@ class Predictor:
 
     def predict(self, item: dict, budget_ms: float) -> Prediction:
         """As a call, of one of Detectron2's dicts with an image of the table's size."""
-        start = synchronised_time()
-        p50, p95 = self.table.of(self.subject, item)
-        # Where nothing is known of qualities, what takes longer is taken for better.
-        controller = self.controller or BestStatic(self.space, p50)
-        budget = torch.tensor([budget_ms])
-        feasible = feasible_settings(p95[None], budget)
-        tier = controller.choose_tier(self.subject.known(item)[None], budget, feasible)
-        state = self.subject.begin(item, self.space.first(int(tier)))
-        index = int(controller.choose(state.features[None], tier, budget, feasible))
-        instances = self.subject.finish(state, self.space.settings[index])
-        elapsed = 1e3 * (synchronised_time() - start)
-        assert isinstance(instances, Instances)
-        if float(p95[index]) > budget_ms:
+        found = run_within(self.subject, self.table, self.controller, item, budget_ms)
+        if found.expected > budget_ms:
             logger.warning(
                 "budget_ms=%.4g is below the fastest setting's %.4g ms, which ran all the same",
                 budget_ms,
-                float(p95[index]),
+                found.expected,
             )
-        return Prediction(instances, self.space.settings[index], elapsed, float(p95[index]))
+        setting = self.table.settings[found.setting]
+        return Prediction(found.output, setting, found.milliseconds, found.expected)
