@@ -12,6 +12,7 @@ What exists in the output folder is used again: scenes, network, latency table a
 import argparse
 import json
 import random
+import shutil
 import statistics
 import time
 from collections import Counter
@@ -36,21 +37,16 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import Tensor
 
-from dset_d2.budget import (
-    GRPO,
-    BestStatic,
-    Controller,
-    GRPOConfig,
-    LatencyTable,
-    NotesReward,
-    Outcomes,
-    QualityRegression,
-    QualityReward,
-    TwoStagePolicy,
-    feasible_settings,
-    matched_random,
-    measure_table,
-    oracle,
+from dset_d2.budget import GRPOConfig, LatencyTable, Outcomes, measure_table
+from dset_d2.budget.comparison import (
+    compare,
+    conclusions,
+    draw_curves,
+    draw_tradeoff,
+    means,
+    overhead,
+    spaced_budgets,
+    teach,
 )
 from dset_d2.budget.language import LanguageSubject, Question, Qwen3VLMoE
 from dset_d2.files import write_atomically
@@ -126,43 +122,47 @@ def main(argv: Sequence[str] | None = None) -> None:
     random.seed(args.seed)
     torch.manual_seed(args.seed)
 
-    if not (folder / "network.pt").exists():  # what another one answered is of no use
-        for name in ("fit", "test"):
-            (folder / f"{name}.npz").unlink(missing_ok=True)
+    home = folder / "network"
+    if not (home / "weights.pt").exists():
+        # What another one answered, and who learned of it, is of no use.
+        shutil.rmtree(home, ignore_errors=True)
+        home.mkdir(parents=True)
     groups = draw_scenes(folder / "scenes.pt", study.scenes, study.size.image, args.seed)
-    network, trained = prepare_network(study, folder / "network.pt", groups[0], args.seed)
+    network, trained = prepare_network(study, home / "weights.pt", groups[0], args.seed)
     subject = LanguageSubject(network, study.image_tokens, study.top_k, study.blocks)
     fit, test = (make_items(scenes, args.seed + n) for n, scenes in enumerate(groups[1:], 1))
     table = prepare_table(
         subject, [item for item, _ in (*fit, *test)], folder / "table.json", study
     )
     outcomes = {
-        name: fill(Outcomes(subject, [i for i, _ in items], table, folder / f"{name}.npz"), items)
+        name: fill(Outcomes(subject, [i for i, _ in items], table, home / f"{name}.npz"), items)
         for name, items in (("fit", fit), ("test", test))
     }
-    low, high = table.range()
-    ends = low * 1.001, high * 1.001
-    steps = 2 * study.budgets - 1
-    budgets = [ends[0] * (ends[1] / ends[0]) ** (n / (steps - 1)) for n in range(steps)]
-    controllers = train_controllers(outcomes["fit"], tuple(budgets[::2]), study)
+    rows, folders = [], [home / f"controllers_{seed}" for seed in range(study.grpo_seeds)]
+    budgets = spaced_budgets(table, study.budgets)
+    for seed, place in enumerate(folders):
+        config = GRPOConfig(steps=study.grpo_steps, group_size=5, seed=seed)
+        controllers = teach(outcomes["fit"], budgets[0], place, config)
+        rows += compare(outcomes["test"], controllers, budgets, seed, accuracy, study.timed)
     results = {
         "study": asdict(study),
         "trained": trained,
         "kinds": by_kind(outcomes["test"], test, majority(fit, test)),
         "table": table.about | {"dropped": table.dropped, "rounds": study.rounds},
         "settings": describe_settings(outcomes["test"]),
-        "rows": [
-            row | {"seen": n % 2 == 0}
-            for n, budget in enumerate(budgets)
-            for row in compare(outcomes["test"], controllers, budget, study.timed, args.seed)
-        ],
+        "rows": rows,
+        "conclusions": conclusions(rows),
+        "overhead": overhead(outcomes["test"], controllers),
     }
     text = json.dumps(results, indent=1)
     write_atomically(folder / "results.json", lambda file: file.write(text.encode()))
     (folder / "report.md").write_text(report(results))
-    draw(results).savefig(folder / "accuracy.png", dpi=120)
+    draw_tradeoff(rows, "accuracy").savefig(folder / "accuracy.png", dpi=120)
+    draw_curves(folders).savefig(folder / "grpo.png", dpi=120)
     print(report(results))
-    print(f"written: {folder}/report.md, results.json, accuracy.png, table.json, network.pt")
+    print(
+        f"written: {folder}/report.md, results.json, accuracy.png, grpo.png, table.json, network/"
+    )
 
 
 # The network and its times.
@@ -236,123 +236,6 @@ def fill(outcomes: Outcomes, items: Items, batch: int = 16) -> Outcomes:
     return outcomes
 
 
-# Controllers.
-
-
-def train_controllers(
-    outcomes: Outcomes, budgets: tuple[float, ...], study: Study
-) -> dict[str, list[Controller]]:
-    """By name, one or several of different seeds."""
-    rewards = {"GRPO": QualityReward(), "GRPO, notes": NotesReward()}
-    found: dict[str, list[Controller]] = {
-        "static": [BestStatic.fit(outcomes)],
-        "regression": [QualityRegression.fit(outcomes)],
-    }
-    for name, reward in rewards.items():
-        for seed in range(study.grpo_seeds):
-            torch.manual_seed(seed)
-            policy = TwoStagePolicy.start(outcomes, (budgets[0], budgets[-1]))
-            config = GRPOConfig(steps=study.grpo_steps, group_size=5, budgets=budgets, seed=seed)
-            trainer = GRPO(policy, outcomes, (budgets[0], budgets[-1]), config, reward)
-            found.setdefault(name, []).append(trainer.train())
-    return found
-
-
-# Evaluation.
-
-
-def compare(
-    outcomes: Outcomes,
-    controllers: Mapping[str, Sequence[Controller]],
-    budget: float,
-    timed: int,
-    seed: int,
-) -> list[dict]:
-    """A row for each controller, GRPO's mix dealt at random, the oracle and the full setting.
-
-    ``accuracy`` is over all questions and seeds, ``expected`` the table's mean latency; what is
-    ``measured``, in milliseconds, and ``violations`` are over the timed questions, of the first
-    seed.
-    """
-    count = len(outcomes.items)
-    everything, limits = torch.arange(count), torch.full((count,), budget)
-    chosen = {
-        name: [controller.decide(outcomes, everything, limits) for controller in seeds]
-        for name, seeds in controllers.items()
-    }
-    generator = torch.Generator().manual_seed(seed)
-    chosen["random"] = [matched_random(x, outcomes.p95, generator) for x in chosen["GRPO"]]
-    feasible = feasible_settings(outcomes.p95, limits)
-    chosen["oracle"] = [oracle(outcomes.quality, outcomes.p50, feasible)]
-    chosen["full"] = [torch.zeros(count, dtype=torch.long)]
-    times = clock(outcomes, controllers, budget, timed, seed)
-    rows = []
-    for name, seeds in chosen.items():
-        right = [outcomes.quality[everything, settings].mean().item() for settings in seeds]
-        expected = [outcomes.p50[everything, settings].mean().item() for settings in seeds]
-        row = {
-            "budget": budget,
-            "controller": name,
-            "accuracy": statistics.fmean(right),
-            "spread": max(right) - min(right),
-            "expected": statistics.fmean(expected),
-        }
-        if found := times.get(name):
-            row |= {
-                "measured": statistics.fmean(whole for whole, _ in found),
-                "violations": statistics.fmean(whole > budget for whole, _ in found),
-                "overhead": statistics.median(own / whole for whole, own in found),
-            }
-        rows.append(row)
-    return rows
-
-
-def clock(
-    outcomes: Outcomes,
-    controllers: Mapping[str, Sequence[Controller]],
-    budget: float,
-    timed: int,
-    seed: int,
-) -> dict[str, list[tuple[float, float]]]:
-    """Milliseconds of whole answers, and of what the controller's part in them is.
-
-    Controllers take turns. What the table says of a question is looked up before.
-    """
-    rng = random.Random(seed)
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in controllers}
-    limit = torch.tensor([budget])
-    for index in rng.sample(range(len(outcomes.items)), min(timed, len(outcomes.items))):
-        feasible = feasible_settings(outcomes.p95[index : index + 1], limit)
-        for name in rng.sample(list(controllers), len(controllers)):
-            times = answer(outcomes, controllers[name][0], index, limit, feasible)
-            found[name].append(times)
-    return found
-
-
-def answer(
-    outcomes: Outcomes, controller: Controller, index: int, limit: Tensor, feasible: Tensor
-) -> tuple[float, float]:
-    """Run a question under what a controller chooses: milliseconds, and the controller's."""
-    subject, space, item = outcomes.subject, outcomes.space, outcomes.items[index]
-    marks = [now()]
-    tier = controller.choose_tier(subject.known(item)[None], limit, feasible)
-    marks.append(now())
-    state = subject.begin(item, space.first(int(tier)))
-    marks.append(now())
-    setting = controller.choose(state.features[None], tier, limit, feasible)
-    marks.append(now())
-    subject.finish(state, space.settings[int(setting)])
-    marks.append(now())
-    return marks[4] - marks[0], marks[1] - marks[0] + marks[3] - marks[2]
-
-
-def now() -> float:
-    """Milliseconds, once the device has done all that it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return 1e3 * time.perf_counter()
-
-
 # What is reported.
 
 
@@ -380,8 +263,8 @@ def by_kind(outcomes: Outcomes, items: Items, majority: Sequence[bool]) -> list[
     for kind in (*KINDS, "all"):
         of_kind = torch.tensor([kind in ("all", asked.kind) for _, asked in items])
         if count := int(of_kind.sum()):
-            means = {name: column[of_kind].mean().item() for name, column in columns.items()}
-            rows.append({"questions": kind, "count": count} | means)
+            shares = {name: column[of_kind].mean().item() for name, column in columns.items()}
+            rows.append({"questions": kind, "count": count} | shares)
     return rows
 
 
@@ -393,47 +276,33 @@ def describe_settings(outcomes: Outcomes) -> list[dict]:
     ]
 
 
+def accuracy(outcomes: Outcomes, settings: Tensor) -> float:
+    """Percent of the questions that are answered rightly, each under its setting."""
+    return 100 * outcomes.quality[torch.arange(len(settings)), settings].mean().item()
+
+
 def report(results: Mapping) -> str:
     """Markdown."""
     about, trained = results["table"], results["trained"]
     dropped = ", ".join(f"{name} ({share:.1%})" for name, share in about["dropped"].items())
+    spans = ", ".join(f"{name} {share:.1%}" for name, share in about["spans"].items())
+    keys, values = ("budget", "seen", "who"), ("score", "measured_ms", "violations", "utilisation")
     lines = [
         f"{trained['parameters'] / 1e6:.1f} M parameters, trained in {trained['minutes']:.1f} min; "
         f"{about['device']}, {about['threads']} threads, torch {about['torch']}.",
         f"Repeated measurements differ by {about['error']['median']:.1%} (median), "
-        f"{about['error']['largest']:.1%} at most. Knobs that the table dropped: "
-        f"{dropped or 'none'}.",
-        "",
+        f"{about['error']['largest']:.1%} at most. Shares of the latency that knobs change: "
+        f"{spans}; dropped: {dropped or 'none'}.",
         "Accuracies of the commonest answer, the full setting, one knob or all at the least:",
-        "",
         tabulate(results["kinds"], headers="keys", floatfmt=".3f", tablefmt="github"),
-        "",
+        f"Decisions take these shares of the full latency: {results['overhead']}.",
         tabulate(results["settings"], headers="keys", floatfmt=".3g", tablefmt="github"),
-        "",
-        tabulate(results["rows"], headers="keys", floatfmt=".3f", tablefmt="github"),
-        "",
+        tabulate(
+            means(results["rows"], keys, values), headers="keys", floatfmt=".3f", tablefmt="github"
+        ),
+        tabulate(results["conclusions"], headers="keys", floatfmt=".3f", tablefmt="github"),
     ]
-    return "\n".join(lines)
-
-
-def draw(results: Mapping) -> Figure:
-    """Accuracy against latency: every setting, and each controller over the budgets."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    settings = results["settings"]
-    axes.scatter(
-        [s["p50"] for s in settings], [s["accuracy"] for s in settings], c="0.8", label="settings"
-    )
-    rows = results["rows"]
-    for name in dict.fromkeys(row["controller"] for row in rows):
-        if name == "full":
-            continue
-        own = [row for row in rows if row["controller"] == name]
-        times, right = [row["expected"] for row in own], [row["accuracy"] for row in own]
-        axes.plot(times, right, marker=".", label=name)
-    axes.set(xlabel="mean latency by the table, ms", ylabel="accuracy on unseen scenes")
-    axes.legend()
-    return figure
+    return "\n\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
