@@ -93,7 +93,7 @@ FULL = Study(
     budgets=6,
     grpo_steps=400,
     grpo_seeds=3,
-    timed=40,
+    timed=20,
 )
 SMOKE = Study(
     size=Size(64, 16, 8, 4, 6, 32, 3, (64, 96)),
