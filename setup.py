@@ -84,7 +84,8 @@ setup(
         "export": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20", "openvino>=2025.1"],
         "quantize": ["nncf>=2.19"],  # files in eight bits
         "evaluation": ["faster-coco-eval>=1.6.5"],  # COCO's metrics in C++
-        "grounding": ["transformers>=5.23"],  # Grounding DINO, of which nothing else is imported
+        # For Grounding DINO and Qwen3-VL-MoE; nothing else imports it.
+        "grounding": ["transformers>=5.23"],
         "test": [
             "pytest>=7",
             "pytest-xdist>=3.7",

@@ -1,8 +1,16 @@
 """Small models and inputs that many tests build."""
 
+import atexit
+import multiprocessing
 import os
+import runpy
 import socket
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -14,7 +22,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
 import dset_d2
+from dset_d2.clock import shared_step
 from dset_d2.modeling.sparse import MemoryPruningConfig, MoEConfig, PruningConfig
+
+# Processes of tests are forked from one that has imported all and done nothing else: importing it
+# takes seconds.
+IMPORTED = multiprocessing.get_context("forkserver")
+IMPORTED.set_forkserver_preload([__name__, "dset_d2.tools.preparation"])
 
 # The same on a command line; and a run of it on the generated scenes.
 NARROW = [
@@ -202,15 +216,54 @@ def in_two_processes(worker: Callable, *args) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_join, (port, worker, args), nprocs=2)
+    mp.start_processes(_join, (port, worker, args), nprocs=2, start_method="forkserver")
 
 
 def _join(rank: int, port: int, worker: Callable, args: tuple) -> None:
+    shared_step.__init__()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
     torch.set_num_threads(1)
     worker(rank, *args)
     dist.destroy_process_group()
+
+
+def run_python(words: list[str], cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess:
+    """As ``subprocess.run`` of ``python -W ignore`` with these words, a script's or a module's, but
+    for the time to import the libraries."""
+    with TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("stdout", "stderr")]
+        process = IMPORTED.Process(target=_main, args=(words, cwd, env, files))
+        process.start()
+        process.join(timeout=300)
+        if process.is_alive():
+            process.kill()
+            raise TimeoutError(f"{words}: {files[1].read_text()}")
+        output = [file.read_text() for file in files]
+    return subprocess.CompletedProcess(words, process.exitcode, *output)
+
+
+def _main(words: list[str], cwd: Path, env: dict[str, str], files: list[Path]) -> None:
+    for stream, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+    shared_step.__init__()  # else one for all that are forked from the same process
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    warnings.simplefilter("ignore")
+    multiprocessing.set_start_method(None, force=True)  # the default, not the parent's
+    try:
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = words
+            runpy.run_path(words[0], run_name="__main__")
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
+    finally:
+        atexit._run_exitfuncs()
 
 
 @pytest.fixture(autouse=True)

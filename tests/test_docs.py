@@ -4,9 +4,9 @@ messages that it explains are those that the package gives."""
 import argparse
 import ast
 import json
+import os
 import re
 import subprocess
-import sys
 import textwrap
 from importlib import import_module
 from pathlib import Path
@@ -19,13 +19,14 @@ import dset_d2
 from dset_d2.__main__ import find_tools
 from dset_d2.tools.common import read_config
 
+from .conftest import run_python
 from .test_configs import ROOT
 
 COMMAND = re.compile(r"(\w+=\S+ )?(python|torchrun \S+) -m dset_d2\.tools\.(\w+)")
 # Other lines of a shell: what they do is not the package's, or is tested elsewhere.
 SHELL = re.compile(
     r"pip install|make |cd |export |OMP_NUM_THREADS=1 .venv/bin/python -m pytest"
-    r"|(OMP_NUM_THREADS=1 )?python projects/(dset/fixed_camera|latency_budget/evaluate)\.py"
+    r"|(OMP_NUM_THREADS=1 )?python projects/\w+/\w+\.py"
 )
 SCRIPT = re.compile(r"^    (python - .*<<'E'\n(?:.*\n)*?    E)$", re.M)
 TOOLS = set(find_tools())
@@ -141,9 +142,13 @@ SCRIPTS = [script for page in PAGES for script in SCRIPT.findall(page.read_text(
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_scripts_run(script):
-    shell = f'python() {{ {sys.executable} -W ignore "$@"; }}; {textwrap.dedent("    " + script)}'
-    result = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True)
+def test_scripts_run(script, tmp_path):
+    file = tmp_path / "script.py"
+    put = f"{{ cat > {file}; printf '%s\\0' \"$@\"; }}"
+    shell = f"python() {put}; {textwrap.dedent('    ' + script)}"
+    words = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
+    _, *words = words.stdout.split("\0")[:-1]
+    result = run_python([str(file), *words], cwd=ROOT, env=dict(os.environ))
     assert result.returncode == 0 and re.search(r"\d M|\d MiB", result.stdout), result.stderr
 
 

@@ -12,22 +12,26 @@ import yaml
 
 import dset_d2
 
+from .conftest import run_python
 from .test_cfgnode import YAML
 from .test_configs import CONFIGS, ROOT
 from .test_docs import TOOLS
 
 LOAD = """
-import sys, dset_d2
+import runpy, sys, dset_d2
 print(dset_d2.__file__)
 from detectron2.config import get_cfg
 from dset_d2.config import find_config
-for path in sys.argv[1:]:
+script, *paths = sys.argv[1:]
+for path in paths:
     if path.endswith(".py"):
         assert dset_d2.get_config(path).model, path
     else:
         cfg = get_cfg()
         dset_d2.add_detr_config(cfg)
         cfg.merge_from_file(str(find_config(path)))
+sys.argv = [script]
+runpy.run_path(script, run_name="__main__")
 """
 TINY = [
     "model.encoder.hidden_dim=32",
@@ -71,10 +75,9 @@ def test_what_is_installed_works_far_from_the_checkout(tmp_path):
     }
     assert (site / "dset_d2" / "py.typed").is_file()
 
-    place = run(sys.executable, "-c", LOAD, *CONFIGS, *YAML).strip()
-    assert place == str(site / "dset_d2" / "__init__.py")
     script = str(site / "bin" / "dset_d2")
-    assert TOOLS <= set(run(script).split())
+    place, *text = run(sys.executable, "-c", LOAD, script, *CONFIGS, *YAML).split()
+    assert place == str(site / "dset_d2" / "__init__.py") and TOOLS <= set(text)
     config = "projects/dset/configs/dset_r18_roadside.py"
     options = ["--config-file", config, "--device", "cpu", "--rounds", "1"]
     table = run(script, "benchmark", *options, *TINY)
@@ -83,8 +86,7 @@ def test_what_is_installed_works_far_from_the_checkout(tmp_path):
 
 
 def test_the_console_script_names_the_tools_it_has():
-    command = [sys.executable, "-W", "ignore", "-m", "dset_d2", "analyse"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run_python(["-m", "dset_d2", "analyse"], cwd=ROOT, env=dict(os.environ))
     assert result.returncode == 2 and "'analyse'" in result.stderr and "'analyze'" in result.stderr
 
 

@@ -4,7 +4,7 @@ pair, so that a machine that slows down slows all of them."""
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +22,12 @@ class Latency:
         quartiles: 25 % and 75 % of the rounds took no longer.
         ratio: median over the rounds of time / time of the first; below 1 is faster.
         ratio_quartiles: its quartiles.
-        p95: 95 % of the rounds took no longer.
     """
 
     median: float
     quartiles: tuple[float, float]
     ratio: float
     ratio_quartiles: tuple[float, float]
-    p95: float
 
 
 def device_name(device: str) -> str:
@@ -56,10 +54,8 @@ def synchronised_time() -> float:
     return time.perf_counter()
 
 
-def measure(
-    callables: Mapping[str, Callable[[], object]], rounds: int, warmup: int
-) -> dict[str, Latency]:
-    """Time callables in turn (A B C A B C ...).
+def sample_times(callables: Sequence[Callable[[], object]], rounds: int, warmup: int) -> np.ndarray:
+    """Seconds (rounds, N) of N callables, which take turns (A B C A B C ...).
 
     Args:
         rounds: how often each of them is timed.
@@ -69,19 +65,23 @@ def measure(
         raise ValueError(f"rounds={rounds} must be positive and warmup={warmup} not negative")
     times = np.empty((rounds, len(callables)))
     for index in trange(-warmup, rounds, desc="timing", leave=False, disable=None):
-        for column, call in enumerate(callables.values()):
+        for column, call in enumerate(callables):
             start = synchronised_time()
             call()
             elapsed = synchronised_time() - start
             if index >= 0:
                 times[index, column] = elapsed
+    return times
+
+
+def measure(
+    callables: Mapping[str, Callable[[], object]], rounds: int, warmup: int
+) -> dict[str, Latency]:
+    """Time callables in turn: :func:`sample_times`."""
+    times = sample_times(list(callables.values()), rounds, warmup)
     ratios = times / times[:, :1]
     return {
-        name: Latency(
-            *median_and_quartiles(seconds),
-            *median_and_quartiles(ratio),
-            p95=float(np.percentile(seconds, 95)),
-        )
+        name: Latency(*median_and_quartiles(seconds), *median_and_quartiles(ratio))
         for name, seconds, ratio in zip(callables, times.T, ratios.T)
     }
 

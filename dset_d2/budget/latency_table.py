@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..analysis.latency import device_name, measure
+from ..analysis.latency import device_name, sample_times
 from ..files import write_atomically
 from .subject import Key, Setting, Space, Subject, key_of
 
@@ -38,7 +38,7 @@ class LatencyTable:
     Attributes:
         about: ``model`` (its fingerprint), ``device``, ``threads`` and ``torch``, with which it
             was measured; ``rounds``; ``spans``, the shares of the latency that the knobs change;
-            ``error``, between two measurements (:func:`compare`);
+            ``error``, between two measurements (:func:`repeatability`);
             ``subject``, how to make it of its model again.
         settings: those that are left, the full one first.
         tier: the knob that decides the shape.
@@ -171,11 +171,11 @@ def coordinate(shape: str) -> tuple[str, float]:
 def measure_table(
     subject: Subject, items: Sequence[Any], rounds: int = 30, warmup: int = 5
 ) -> LatencyTable:
-    """Measure all settings in turn, twice, and drop the knobs that change little.
+    """Measure all settings in turn, and drop the knobs that change little.
 
     Args:
         items: one of each shape is run; a shape is that of an item and a setting.
-        rounds: how often each is timed, in the first measurement.
+        rounds: each is timed twice as often; the halves tell how far a repeated measurement is off.
         warmup: rounds before that are not timed.
     """
     calls: dict[tuple[str, Key], Callable[[], object]] = {}
@@ -183,15 +183,18 @@ def measure_table(
         for setting in subject.settings:
             rest = key_of({k: v for k, v in setting.items() if k != subject.tier})
             calls.setdefault((subject.shape(item, setting), rest), runner(subject, item, setting))
-    first, again = (time_calls(calls, rounds, warmup) for _ in range(2))
+    sampled = 1e3 * sample_times(list(calls.values()), 2 * rounds, warmup)
+    measured = {
+        place: Times(*np.percentile(x, (50, 95)).tolist()) for place, x in zip(calls, sampled.T)
+    }
     about = surroundings(subject) | {
         "python": platform.python_version(),
         "rounds": rounds,
-        "error": compare(first, again),
+        "error": repeatability(sampled),
         "subject": subject.describe(),
     }
     settings = [dict(setting) for setting in subject.settings]
-    table = LatencyTable(about, settings, subject.tier, first)
+    table = LatencyTable(about, settings, subject.tier, measured)
     rows = torch.stack([table.of(subject, item)[0] for item in items])
     settings, dropped = drop_knobs(settings, rows.numpy())
     left = [table.settings.index(setting) for setting in settings]
@@ -199,7 +202,7 @@ def measure_table(
     about["spans"] = {k: span(settings, rows.numpy(), k) for k in varied_knobs(settings)}
     kept = {key_of({k: v for k, v in s.items() if k != subject.tier}) for s in settings}
     shapes = {subject.shape(item, setting) for item in items for setting in settings}
-    times = {k: v for k, v in first.items() if k[0] in shapes and k[1] in kept}
+    times = {k: v for k, v in measured.items() if k[0] in shapes and k[1] in kept}
     return LatencyTable(about, settings, subject.tier, times, dropped)
 
 
@@ -207,18 +210,12 @@ def runner(subject: Subject, item: Any, setting: Setting) -> Callable[[], object
     return lambda: subject.finish(subject.begin(item, setting), setting)
 
 
-def time_calls(
-    calls: dict[tuple[str, Key], Callable[[], object]], rounds: int, warmup: int
-) -> dict[tuple[str, Key], Times]:
-    """Milliseconds of calls that take turns."""
-    found = measure({str(name): call for name, call in calls.items()}, rounds, warmup)
-    return {name: Times(1e3 * x.median, 1e3 * x.p95) for name, x in zip(calls, found.values())}
-
-
-def compare(first: dict[Any, Times], again: dict[Any, Times]) -> dict[str, float]:
-    """What share of a median the second measurement differs by: the median, and the largest."""
-    differences = [abs(again[name].p50 / times.p50 - 1) for name, times in first.items()]
-    return {"median": float(np.median(differences)), "largest": float(max(differences))}
+def repeatability(times: np.ndarray) -> dict[str, float]:
+    """What share of a median (rounds, N) differs between the first half of the rounds and the
+    second: the median over N, and the largest."""
+    first, second = (np.median(half, axis=0) for half in np.array_split(times, 2))
+    differences = np.abs(second / first - 1)
+    return {"median": float(np.median(differences)), "largest": float(differences.max())}
 
 
 def span(settings: Sequence[Setting], rows: np.ndarray, knob: str) -> float:

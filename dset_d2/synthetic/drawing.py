@@ -83,11 +83,13 @@ class Model(NamedTuple):
     """Solids in layers: later layers cover earlier ones, nearer solids their layer's others.
 
     A solid is a rod, or the faces of a convex body with what is painted on each after it.
-    ``size`` is length, width and height in metres.
+    ``size`` is length, width and height in metres, ``colour`` the name of the paint's colour where
+    it says more than the category.
     """
 
     layers: Sequence[Sequence[Rod | list[Face]]]
     size: tuple[float, float, float]
+    colour: str | None = None
 
 
 class Patch(NamedTuple):

@@ -17,6 +17,7 @@ Points = Sequence[tuple[float, float]]
 GLASS, TYRE, HUB, DARK = (48, 58, 70), (24, 24, 26), (128, 130, 134), (38, 39, 42)
 HEADLIGHT, TAILLIGHT, PALE, SKIN = (255, 246, 222), (236, 24, 26), (232, 232, 230), (196, 150, 122)
 CARS = [(30, 31, 34), (160, 164, 170), (92, 96, 104), (165, 32, 36), (118, 84, 58)]
+CAR_COLOURS = ("black", "silver", "grey", "red", "brown")
 VANS, BUSES, CABS, CARGO = [(234, 235, 233)], [(50, 150, 84)], [(222, 156, 36)], [(66, 92, 145)]
 CLOTHES = [(40, 42, 50), (56, 84, 145), (226, 224, 218), (92, 96, 88), (130, 74, 132)]
 YELLOW, RED, ORANGE = [(200, 222, 52)], [(212, 48, 38)], [(240, 84, 24)]
@@ -74,6 +75,11 @@ def pick(rng: np.random.Generator, colours: Sequence[Colour], spread: float = 10
     return tuple(np.clip(colour, 8, 245).tolist())
 
 
+def name_colour(paint: Colour) -> str:
+    """The nearest one of ``CAR_COLOURS``."""
+    return min(zip(CAR_COLOURS, CARS), key=lambda named: math.dist(named[1], paint))[0]
+
+
 def quad(x0: float, x1: float, z0: float, z1: float) -> Points:
     return [(x0, z0), (x1, z0), (x1, z1), (x0, z1)]
 
@@ -111,7 +117,7 @@ def car(rng: np.random.Generator) -> Model:
             Decal(3, quad(0.09, 0.91, 0.1, 0.85), GLASS),
             Decal(None, [(tail + 0.22, belt + 0.06), (0.44 * half - 0.16, belt + 0.06),
                          (0.1 * half, top), (rear * half + 0.08, top)], GLASS)], 0.3)  # fmt: skip
-    return Model([[body], [cabin]], (length, width, height))
+    return Model([[body], [cabin]], (length, width, height), name_colour(paint))
 
 
 def van(rng: np.random.Generator) -> Model:

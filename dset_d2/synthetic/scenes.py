@@ -68,7 +68,8 @@ class SceneObject(NamedTuple):
     xmax, ymax) in pixels. States are DAIR-V2X's: 0 none, 1 less than half, 2 more. ``location``
     is the centre in metres (ahead, left, up) from the ground below the camera, ``dimensions`` are
     (length, width, height) in metres, ``rotation`` is counter-clockwise from straight ahead.
-    ``category`` is a DAIR-V2X type, one of ``CATEGORIES`` or "PedestrianIgnore".
+    ``category`` is a DAIR-V2X type, one of ``CATEGORIES`` or "PedestrianIgnore". ``colour`` is that
+    of a car's paint, one of ``models.CAR_COLOURS``, whatever the light; others have none.
     """
 
     category: str
@@ -79,6 +80,7 @@ class SceneObject(NamedTuple):
     dimensions: tuple[float, float, float]
     rotation: float
     depth: float
+    colour: str | None
 
 
 class Scene(NamedTuple):
@@ -469,6 +471,7 @@ def _label(stage: Stage, index: int, ids: np.ndarray) -> SceneObject | None:
         dimensions=thing.model.size,
         rotation=math.remainder(thing.heading - math.pi / 2, 2 * math.pi),
         depth=float(stage.camera.project(np.array([x, y, half]))[1]),
+        colour=thing.model.colour,
     )
 
 

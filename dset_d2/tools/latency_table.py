@@ -5,8 +5,9 @@
 
 The settings are all combinations of --scales of dataloader.image_size with the values of knobs in
 the config's model.supernet, and with numbers of decoder layers, which any training serves. All of
-them take turns (A B C A B C ...), twice; the table has the p50 and p95 of the first measurement,
-and how far the second is from it. Knobs that change less than 3 % of the latency are dropped.
+them take turns (A B C A B C ...), --rounds times and as often again; the table has the p50 and p95
+of all, and how far the second half is from the first. Knobs that change less than 3 % of the
+latency are dropped.
 
 Weights are random unless --weights names some, and images noise: times do not depend on either.
 The table is of one device, model and number of threads, and refused elsewhere.

@@ -6,8 +6,8 @@ compares them.
 Draws scenes of mixed difficulty, trains a small supernet per seed, measures the latency table, runs
 all settings on frames that the detector was not trained on, fits and trains controllers on some of
 these, and evaluates on the others: AP against measured latency under seen and unseen budgets. What
-is done is kept in the folder and not done again; --controls also trains what the supernet is to be
-compared with. Writes results.json, tables.txt, tradeoff.png and grpo.png.
+is done is kept in the folder and not done again; --controls 0 1 also trains what the supernets of
+these seeds are to be compared with. Writes results.json, tables.txt, tradeoff.png and grpo.png.
 
 Latencies are of one device: nothing else should run on it meanwhile.
 """
@@ -100,13 +100,12 @@ def runs_of(args: argparse.Namespace) -> dict[str, list[Run]]:
     """The trainings by name, one for each seed: the supernet, and what it is compared with."""
     variants: dict[str, list[str]] = {"supernet": []}
     if args.controls:
-        variants["random"] = ["model.supernet.sampling=random"]
-        variants["plain"] = ["model.supernet=null", "model.multi_scale=[]"]
+        # At the cost of the supernet.
+        variants["sandwich"] = ["model.supernet.sampling=sandwich", "train.epochs=5"]
         for name, (scale, knobs) in SEPARATE.items():
             size = [round(side * scale / 32) * 32 for side in image_size(read(args, []))]
             variants[name] = [
                 *(f"model.supernet.{knob}=[{value}]" for knob, value in knobs.items()),
-                "model.supernet.sampling=random",
                 "model.multi_scale=[]",
                 f"dataloader.image_size={size}".replace(" ", ""),
             ]
@@ -118,7 +117,7 @@ def runs_of(args: argparse.Namespace) -> dict[str, list[Run]]:
                 + [*own, f"train.seed={seed}"],
                 args.output / f"{name}_{seed}",
             )
-            for seed in args.seeds
+            for seed in (args.seeds if name == "supernet" else args.controls)
         ]
         for name, own in variants.items()
     }
@@ -167,27 +166,27 @@ def agreement(study: Study) -> float:
 
 
 def compare_trainings(
-    runs: dict[str, list[Run]], studies: list[Study], args: argparse.Namespace
+    runs: dict[str, list[Run]], studies: dict[int, Study], args: argparse.Namespace
 ) -> list[dict]:
     """AP at the separately trained settings: of those trainings, of the supernets, and of the
-    same network that never met random settings."""
+    network that has only met the full setting."""
     rows = []
-    for seed, study in enumerate(studies):
+    for index, seed in enumerate(args.controls):
+        study = studies[seed]
         models = {"supernet": study.subject.model}
-        for name in ("random", "plain", *SEPARATE):
-            run = runs[name][seed]
+        for name in ("sandwich", *SEPARATE):
+            run = runs[name][index]
             models[name] = build_model(read_config(run.config_file, run.overrides, args.device))
             load_weights(models[name].eval(), run.folder / WEIGHTS, whole=True)
-        size = study.subject.image_size
         for name, (scale, knobs) in SEPARATE.items():
             setting = {"scale": scale, **knobs}
-            for training in ("supernet", "random", "plain", name):
-                subject = DetectorSubject(models[training], size, [setting])  # type: ignore[arg-type]
+            for training in dict.fromkeys(("supernet", "sandwich", "full", name)):
+                subject = DetectorSubject(models[training], study.subject.image_size, [setting])
                 items = study.held_out.items
                 found = [subject.finish(subject.begin(x, setting), setting) for x in items]
                 label = "separate" if training == name else training
-                row = {"seed": args.seeds[seed], "setting": name, "training": label}
-                rows.append(row | {"AP": study.scorer(found)})  # type: ignore[arg-type]
+                row = {"seed": seed, "setting": name, "training": label}
+                rows.append(row | {"AP": study.scorer(found)})
     return rows
 
 
@@ -223,11 +222,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budgets", type=int, default=5, help="that controllers are trained for")
     parser.add_argument("--rounds", type=int, default=30, help="of the latency table")
     parser.add_argument("--grpo-steps", type=int, default=GRPOConfig.steps)
-    parser.add_argument("--controls", action="store_true", help="train controls of the supernet")
+    parser.add_argument("--timed", type=int, default=60, help="of these that are timed")
+    parser.add_argument(
+        "--controls", type=int, nargs="*", default=[], help="seeds of the supernet's controls"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
     parser.add_argument("--device")
     parser.add_argument("opts", nargs="*", metavar="key=value", help="overrides of the config")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not set(args.controls) <= set(args.seeds):
+        parser.error(f"--controls {args.controls}: must be among --seeds {args.seeds}")
+    return args
 
 
 @entry_point
@@ -242,14 +247,14 @@ def main(argv: list[str] | None = None) -> None:
         claim(run)
     train(everything, args.device, args.jobs)
 
-    studies, rows, agreements, overheads = [], [], [], []
-    for seed, run in zip(args.seeds, runs["supernet"]):
-        study = study_of(run, args)
-        studies.append(study)
+    studies = [study_of(run, args) for run in runs["supernet"]]
+    rows, agreements, overheads = [], [], []
+    for seed, run, study in zip(args.seeds, runs["supernet"], studies):
         budgets = spaced_budgets(study.table, args.budgets)
         config = GRPOConfig(steps=args.grpo_steps, seed=seed)
         controllers = teach(study.taught, budgets[0], run.folder, config)
-        rows += compare(study.held_out, controllers, budgets, seed, study.scorer.of_choices)
+        scorer = study.scorer.of_choices
+        rows += compare(study.held_out, controllers, budgets, seed, scorer, args.timed)
         agreements.append(agreement(study))
         overheads.append(overhead(study.held_out, controllers))
     table = studies[0].table
@@ -261,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
         "overhead": overheads,
         "rows": rows,
         "conclusions": conclusions(rows),
-        "trainings": compare_trainings(runs, studies, args) if args.controls else [],
+        "trainings": compare_trainings(runs, dict(zip(args.seeds, studies)), args),
     }
     write_json(args.output / "results.json", results)
     (args.output / "tables.txt").write_text(tables(results) + "\n")

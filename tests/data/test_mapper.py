@@ -103,7 +103,7 @@ def test_strong_augmentation_ends_at_its_step(tmp_path, monkeypatch):
     assert mapper(source)["image"].shape[1:] == (120, 160)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_workers_see_the_step(tmp_path, method):
     """The trainer's count reaches Detectron2's loader processes, however they were started."""
     source = dataset_dict(tmp_path, [(10, 10, 50, 40)]) | {"height": 120, "width": 160}

@@ -254,7 +254,7 @@ def make_loader(dataset, num_workers: int, method: str):
     return (batch[0]["image"] for batch in loader)
 
 
-@pytest.mark.parametrize("method, num_workers", [("fork", 2), ("spawn", 1)])
+@pytest.mark.parametrize("method, num_workers", [("fork", 2), ("forkserver", 1)])
 def test_workers(tmp_path, method, num_workers):
     """Runs repeat however workers are started, and the end reaches them."""
     dataset = dataset_dicts(tmp_path, [(120, 160)] * 4)

@@ -14,7 +14,7 @@ import torch
 from dset_d2.engine.optimizer import flat_cosine
 from dset_d2.synthetic import write_dataset
 
-from ..conftest import TINY_RUN
+from ..conftest import TINY_RUN, run_python
 
 ROOT = Path(__file__).parents[2]
 DENSE = "configs/rtdetr/rtdetrv2_r18_roadside.py"
@@ -39,27 +39,22 @@ def datasets(tmp_path_factory) -> Path:
 
 
 def command(launcher, output: Path, *options: str, config: str = DENSE) -> list[str]:
+    """Words after ``python``."""
     flags = [option for option in options if option.startswith("--")]
     overrides = [option for option in options if not option.startswith("--")]
-    python = [sys.executable, "-W", "ignore", *launcher, "--config-file", config]
-    return [*python, *flags, *TINY, f"train.output_dir={output}", *overrides]
+    own = [*TINY, f"train.output_dir={output}"]
+    return [*launcher, "--config-file", config, *flags, *own, *overrides]
 
 
 def environment(datasets: Path) -> dict[str, str]:
-    return os.environ | {"DETECTRON2_DATASETS": str(datasets), "OMP_NUM_THREADS": "2"}
+    return os.environ | {"DETECTRON2_DATASETS": str(datasets)}
 
 
 def run(
     datasets: Path, launcher, output: Path, *options: str, config: str = DENSE
 ) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(launcher, output, *options, config=config),
-        env=environment(datasets),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    words = command(launcher, output, *options, config=config)
+    return run_python(words, cwd=ROOT, env=environment(datasets))
 
 
 def metrics(output: Path) -> list[dict]:
@@ -74,6 +69,7 @@ def test_stock_launcher_trains_resumes_and_evaluates(datasets, tmp_path):
     """A supernet, whose settings belong to the model."""
     shape = ["model.backbone.vit={embed_dim:32,depth:8,num_heads:2}"]
     options = [*shape, "model.backbone.adapter.in_channels=32"]
+    options += ["model.supernet.sampling=sandwich"]
 
     def launch(*given: str) -> subprocess.CompletedProcess:
         result = run(datasets, STOCK, tmp_path, *options, *given, config=SUPERNET)
@@ -142,7 +138,7 @@ def test_killed_run_resumes_exactly(datasets, tmp_path):
     options = ["train.max_iter=12", "train.eval_period=100", "train.checkpointer.period=3"]
     options += ["model.encoder.pruning.min_tokens=2", "model.encoder.pruning.end_step=10"]
     process = subprocess.Popen(
-        command(OURS, tmp_path, *options, config=SPARSE),
+        [sys.executable, "-W", "ignore", *command(OURS, tmp_path, *options, config=SPARSE)],
         env=environment(datasets),
         cwd=ROOT,
         stdout=subprocess.DEVNULL,

@@ -15,6 +15,7 @@ from dset_d2.synthetic import (
     render_sequence,
     scenes,
 )
+from dset_d2.synthetic.models import CAR_COLOURS
 from dset_d2.synthetic.scenes import paint_order
 
 HEIGHT, WIDTH = 288, 512
@@ -196,6 +197,23 @@ def shadowless(monkeypatch):
     monkeypatch.setattr(scenes, "_light", lambda rng: day._replace(shadow=0))
     monkeypatch.setattr(scenes, "CONTACT_SHADOW", 0)
     monkeypatch.setattr(scenes, "MIN_VISIBLE", 0)
+
+
+def test_cars_have_the_colour_that_is_named(shadowless):
+    shown = {name: [] for name in CAR_COLOURS}
+    for seed in range(40):
+        scene = render_scene(seed, 144, 240)
+        for item in scene.objects:
+            assert (item.colour is None) == (item.category != "Car")
+            if item.colour and not item.occluded_state and not item.truncated_state:
+                x0, y0, x1, y1 = np.round(item.box).astype(int)
+                shown[item.colour].append(scene.image[y0:y1, x0:x1].mean((0, 1)))
+    means = {name: np.mean(colours, 0) for name, colours in shown.items()}
+    grey = [means[name].mean() for name in ("black", "grey", "silver")]
+    assert grey == sorted(grey)
+    warmth = {name: red - blue for name, (red, _, blue) in means.items()}
+    assert max(warmth[name] for name in ("black", "grey", "silver")) < warmth["brown"]
+    assert warmth["brown"] < warmth["red"]
 
 
 def test_a_sequence_begins_with_its_scene_and_repeats():

@@ -16,7 +16,7 @@ from dset_d2.tools import analyze
 from ..conftest import NARROW
 
 R18 = "configs/rtdetr/rtdetrv2_r18_coco.py"
-TINY = [*NARROW, "train.device=cpu"]
+TINY = [*NARROW, "model.decoder.num_layers=1", "train.device=cpu"]
 SMALL = ["dataloader.image_size=[64,64]"]
 
 
