@@ -268,13 +268,13 @@ def _main(words: list[str], cwd: Path, env: dict[str, str], files: list[Path]) -
 
 @pytest.fixture(autouse=True)
 def own_data_sets() -> Iterator[None]:
-    """Names that a test registers, and files that its evaluators wrote, are no other test's."""
-    known = set(DatasetCatalog)
+    """Names that a test registers, or moves to another folder, and files that its evaluators wrote,
+    are no other test's."""
+    known = dict(DatasetCatalog.data)
     written = {name: vars(MetadataCatalog.get(name)).get("json_file") for name in known}
     yield
-    for name in set(DatasetCatalog) - known:
-        DatasetCatalog.remove(name)
-    for name in set(MetadataCatalog) - known:
+    DatasetCatalog.data = known
+    for name in set(MetadataCatalog) - set(known):
         MetadataCatalog.remove(name)
     for name in known:
         if vars(MetadataCatalog.get(name)).get("json_file") != written[name]:

@@ -33,7 +33,7 @@ def activation_name(module: nn.Module) -> str:
     Raises:
         ValueError: if there is none.
     """
-    x = torch.linspace(-4, 4, 65)
+    x = torch.linspace(-4, 4, 65, device="cpu")  # also where a model is built on another
     for name, kind in ACTIVATIONS.items():
         if not [*module.parameters()] and torch.allclose(module(x), kind()(x), rtol=0, atol=1e-6):
             return name
