@@ -193,20 +193,16 @@ def conclusions(rows: Sequence[dict], tolerance: float = 0.1) -> list[dict]:
     over seeds. ``saved`` is the share of the full setting's latency that is saved at the least
     latency at which the mean score comes within ``tolerance`` of the full setting's; None: nowhere.
     """
-    by_seed = {(row["seed"], row["budget"], row["who"]): row["score"] for row in rows}
-    gains = [
-        {**row, "gain": row["score"] - by_seed[row["seed"], row["budget"], "static"]}
-        for row in rows
-    ]
-    points = means(gains, ("who", "budget"), ("gain", "score", "measured_ms"))
-    full = means(rows, ("who",), ("score", "measured_ms"))
-    (whole,) = (row for row in full if row["who"] == "full")
-    found = []
-    for who in dict.fromkeys(row["who"] for row in rows):
-        seeds = [
-            row["gain"] for row in means(gains, ("who", "seed"), ("gain",)) if row["who"] == who
-        ]
-        own = [point for point in points if point["who"] == who]
+    static = {(row["seed"], row["budget"]): row["score"] for row in rows if row["who"] == "static"}
+    gains = [row | {"gain": row["score"] - static[row["seed"], row["budget"]]} for row in rows]
+    by_budget = means(gains, ("who", "budget"), ("gain", "score", "measured_ms"))
+    by_seed = means(gains, ("who", "seed"), ("gain",))
+    values = ("score", "measured_ms", "violations")
+    overall = {row["who"]: row for row in means(rows, ("who",), values)}
+    whole, found = overall["full"], []
+    for who, mean in overall.items():
+        seeds = [row["gain"] for row in by_seed if row["who"] == who]
+        own = [point for point in by_budget if point["who"] == who]
         equal = [p["measured_ms"] for p in own if p["score"] >= whole["score"] - tolerance]
         found.append(
             {
@@ -215,7 +211,7 @@ def conclusions(rows: Sequence[dict], tolerance: float = 0.1) -> list[dict]:
                 "spread": max(seeds) - min(seeds),
                 "least": min(point["gain"] for point in own),
                 "saved": 1 - min(equal) / whole["measured_ms"] if equal else None,
-                **means([r for r in rows if r["who"] == who], ("who",), ("violations",))[0],
+                "violations": mean["violations"],
             }
         )
     return found

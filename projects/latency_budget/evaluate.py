@@ -17,7 +17,7 @@ import contextlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from detectron2.evaluation import COCOEvaluator
@@ -102,8 +102,9 @@ def runs_of(args: argparse.Namespace) -> dict[str, list[Run]]:
     if args.controls:
         # At the cost of the supernet.
         variants["sandwich"] = ["model.supernet.sampling=sandwich", "train.epochs=5"]
+        full_size = image_size(read_config(CONFIG, args.opts, args.device))
         for name, (scale, knobs) in SEPARATE.items():
-            size = [round(side * scale / 32) * 32 for side in image_size(read(args, []))]
+            size = [round(side * scale / 32) * 32 for side in full_size]
             variants[name] = [
                 *(f"model.supernet.{knob}=[{value}]" for knob, value in knobs.items()),
                 "model.multi_scale=[]",
@@ -121,10 +122,6 @@ def runs_of(args: argparse.Namespace) -> dict[str, list[Run]]:
         ]
         for name, own in variants.items()
     }
-
-
-def read(args: argparse.Namespace, overrides: list[str]) -> Any:
-    return read_config(CONFIG, [*args.opts, *overrides], args.device)
 
 
 def study_of(run: Run, args: argparse.Namespace) -> Study:

@@ -13,8 +13,6 @@ import argparse
 import json
 import random
 import shutil
-import statistics
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +23,6 @@ from answering import (
     LabelledImage,
     Recipe,
     Size,
-    answer_packed,
     build_model,
     draw_scenes,
     finish_packed,
@@ -33,7 +30,6 @@ from answering import (
     pack,
     train,
 )
-from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import Tensor
 

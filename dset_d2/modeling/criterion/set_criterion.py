@@ -113,7 +113,6 @@ class SetCriterion(nn.Module):
             return self.losses(outputs, targets)
 
     def losses(self, outputs: dict, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        counts = [len(t["labels"]) for t in targets]
         divisor = box_divisor(targets, outputs["pred_logits"].device)
         layers = [in_fp32(x) for x in (outputs, *outputs["aux_outputs"])]
         selected = [in_fp32(x) for x in outputs["enc_outputs"]]
@@ -126,7 +125,7 @@ class SetCriterion(nn.Module):
         for i, (layer, match) in enumerate(zip(selected, enc_matches)):
             losses |= self.set_losses(layer, enc_targets, match, divisor, f"_enc_{i}")
         if "denoising" in outputs:
-            denoising = outputs["denoising"]
+            denoising, counts = outputs["denoising"], [len(t["labels"]) for t in targets]
             match = Matches.from_lists(denoising.positive, denoising.target, counts)
             for i, layer in enumerate(outputs["dn_outputs"]):
                 divided_by = divisor * denoising.groups
