@@ -67,25 +67,29 @@ def tiny_model(path: str = "configs/rtdetr/rtdetrv2_r18_coco.py", **decoder) -> 
     return randomise(instantiate(cfg.model)).eval()
 
 
-def sparse_model(moe: bool = True, memory: float = 0.5, decoder=(), **pruning) -> torch.nn.Module:
+def sparse_model(
+    moe: bool = True, memory: float = 0.5, encoder=(), decoder=(), **pruning
+) -> torch.nn.Module:
     """As :func:`tiny_model`, with all sparse mechanisms."""
     torch.manual_seed(0)
     cfg = tiny_config()
     settings = {"keep_ratio": 0.5, "min_tokens": 2} | pruning
     cfg.model.encoder.pruning = L(PruningConfig)(**settings)
     cfg.model.decoder.memory_pruning = L(MemoryPruningConfig)(keep_ratio=memory)
-    cfg.model.decoder.update(decoder)
     if moe:
         cfg.model.encoder.moe = L(MoEConfig)(num_experts=4, top_k=2)
         cfg.model.decoder.moe = L(MoEConfig)(num_experts=4, top_k=2)
+    cfg.model.encoder.update(encoder)
+    cfg.model.decoder.update(decoder)
     return randomise(instantiate(cfg.model)).eval()
 
 
-def tiny_dinov3(depth: int = 6, **backbone) -> torch.nn.Module:
+def tiny_dinov3(depth: int = 6, decoder=(), **backbone) -> torch.nn.Module:
     """A detector of the DINOv3 project with a narrow ViT whose layer scales let it matter."""
     torch.manual_seed(0)
     cfg = tiny_config("projects/dfine_dinov3/configs/dfine_dinov3_s_coco.py").model
     cfg.multi_scale = []
+    cfg.decoder.update(decoder)
     cfg.backbone.vit = dict(embed_dim=32, depth=depth, num_heads=2, init_values=0.5)
     cfg.backbone.taps = [depth // 3 - 1, 2 * depth // 3 - 1, depth - 1]
     cfg.backbone.adapter.update(in_channels=32, out_channels=32, conv_channels=4)

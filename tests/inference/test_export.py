@@ -1,6 +1,8 @@
 """Exported files, really run: equal to PyTorch, sparse where the model is, refused where wrong."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,15 +30,21 @@ pytest.importorskip("onnxscript")
 
 SIZE = (96, 128)
 NAMES = tuple("abcde")
+# An export takes as long as there are operators, so models are shallow.
 FAMILIES = {
-    "RT-DETR": tiny_model,
-    "D-FINE": lambda: tiny_model("configs/dfine/dfine_n_coco.py"),
-    "DSET": sparse_model,
+    "RT-DETR": lambda: tiny_model(num_layers=1),
+    "D-FINE": lambda: tiny_model("configs/dfine/dfine_n_coco.py", num_layers=2),
     "pruned ViT": lambda: tiny_dinov3(
-        pruning=[ViTPruningConfig(keep_ratio=0.5, min_tokens=2, block=2)],
-        moe=MoEConfig(num_experts=4, layers=(4,)),
+        depth=4,
+        decoder={"num_layers": 1},
+        pruning=[ViTPruningConfig(keep_ratio=0.5, min_tokens=2, block=1)],
+        moe=MoEConfig(num_experts=4, layers=(3,)),
     ).eval(),
 }
+
+
+def shallow_dset() -> nn.Module:
+    return sparse_model(decoder={"num_layers": 1})
 
 
 def info(**changes) -> ExportInfo:
@@ -83,7 +91,7 @@ def test_no_operator_depends_on_the_number_of_true_values(exported):
 
 def test_openvino_gives_the_same(tmp_path):
     pytest.importorskip("openvino")
-    model = sparse_model()
+    model = shallow_dset()
     model.max_detections = 50
     export_detector(model, tmp_path / "model.xml", "openvino", info())
     detector = ExportedDetector(tmp_path / "model.xml")
@@ -93,7 +101,7 @@ def test_openvino_gives_the_same(tmp_path):
 
 
 def test_torch_export_gives_the_same(tmp_path):
-    model = sparse_model()
+    model = shallow_dset()
     model.max_detections = 50
     export_detector(model, tmp_path / "model.pt2", "torch_export", info())
     assert_same(TracedDetector(tmp_path / "model.pt2"), model, make_inputs([SIZE] * 2))
@@ -102,7 +110,7 @@ def test_torch_export_gives_the_same(tmp_path):
 
 
 def test_raw_predictions_of_any_size(tmp_path):
-    model = tiny_model()
+    model = tiny_model(num_layers=1)
     model.max_detections = 50
     said = info(outputs="raw", dynamic_size=True)
     export_detector(model, tmp_path / "model.onnx", "onnx", said)
@@ -125,39 +133,44 @@ def test_images_of_another_size_are_refused(exported):
         ExportedDetector(path)([{"image": torch.zeros(3, *SIZE)}])
 
 
-def experts(dispatch: str) -> nn.Module:
-    """A model whose three layers of experts alone have products of 16 columns."""
-    config = MoEConfig(num_experts=4, top_k=1, dispatch=dispatch)
-    return sparse_model(moe=False, memory=1.0, keep_ratio=1.0, decoder={"moe": config})
+def experts(encoder: str) -> nn.Module:
+    """A model whose decoder's experts alone have products of 16 columns.
+
+    Args:
+        encoder: dispatch of the encoder's experts, of 20 columns.
+    """
+    config = MoEConfig(num_experts=4, top_k=1)
+    decoder = {"num_layers": 1, "moe": replace(config, expert_dim=16)}
+    encoder = {"moe": replace(config, expert_dim=20, dispatch=encoder)}
+    model = sparse_model(memory=1.0, keep_ratio=1.0, decoder=decoder, encoder=encoder)
+    model.max_detections = 50
+    return model
 
 
-def rows_of_experts(model: nn.Module) -> list[int]:
+def rows_of_experts(path: Path, columns: int) -> list[int]:
     """Rows that onnxruntime really multiplies with each expert's first weights for one image."""
-    proto = onnx_model(trace(model, info()), info())
+    proto = onnx.load(path)
     products = [node for node in proto.graph.node if node.op_type in ("Gemm", "MatMul")]
     for node in products:
         proto.graph.output.append(onnx.helper.make_empty_tensor_value_info(node.output[0]))
     session = onnxruntime.InferenceSession(proto.SerializeToString())
     image = make_inputs([SIZE])[0]["image"].numpy()[None]
     results = session.run([node.output[0] for node in products], {"images": image})
-    return [result.size // 16 for result in results if result.shape[-1] == 16]
+    return [result.size // columns for result in results if result.shape[-1] == columns]
 
 
-def test_experts_compute_routed_rows_only():
-    """Counted in the runtime: one of four experts for each of 30 queries in each of 3 layers."""
-    rows = rows_of_experts(experts("auto"))
-    assert len(rows) == 4 * 3 and sum(rows) == 30 * 3
+def test_experts_compute_routed_rows_only(tmp_path):
+    """Counted in the runtime: one of four experts for each of the decoder's 30 queries, but for
+    those of the encoder, whose dense form is one product of all experts' columns."""
+    sparse, mixed = experts("auto"), experts("dense")
+    assert sparse.state_dict().keys() == mixed.state_dict().keys()
+    path = tmp_path / "mixed.onnx"
+    export_detector(mixed, path, "onnx", info())
+    rows = rows_of_experts(path, 16)
+    assert len(rows) == 4 and sum(rows) == 30
     assert len(set(rows)) > 1  # as many as are routed to each
-
-
-def test_dense_experts_stay_an_option(tmp_path):
-    sparse, dense = experts("auto"), experts("dense")
-    dense.max_detections = 50
-    assert sparse.state_dict().keys() == dense.state_dict().keys()
-    assert rows_of_experts(dense) == []  # one product of all experts' columns
-    path = tmp_path / "dense.onnx"
-    export_detector(dense, path, "onnx", info())
-    sparse.max_detections = 50
+    assert rows_of_experts(path, 20) == []
+    assert rows_of_experts(path, 4 * 20) == [12]  # tokens of the coarsest level
     assert_same(ExportedDetector(path), sparse, make_inputs([SIZE]))
 
 
@@ -263,7 +276,7 @@ def test_predictors_of_model_and_file_agree(exported):
 
 def test_quantised_files_keep_a_float_decoder(tmp_path):
     pytest.importorskip("nncf")
-    model, said = tiny_model(), info(precision="int8")
+    model, said = tiny_model(num_layers=1), info(precision="int8")
     model.max_detections = 50
     images = [x["image"] for x in make_inputs([SIZE] * 4, seed=5)]
     proto = onnx_model(trace(model, said), said, images)
