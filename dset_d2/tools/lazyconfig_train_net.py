@@ -21,7 +21,7 @@ import logging
 import os
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from datetime import timedelta
 from errno import EDQUOT, ENOSPC
@@ -40,6 +40,7 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, TensorboardXWriter
 from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import Dataset
 
 from ..checkpoint import load_initial, load_upstream
 from ..config import find_config
@@ -152,7 +153,7 @@ def train(cfg: DictConfig, args: Namespace) -> None:
         return ema.module if ema and ema.updates else own
 
     if args.check:
-        check(cfg, trainer, lambda: evaluate(parallel))
+        check(cfg, trainer, lambda: evaluate(parallel), some(dataset, few))
         return
     period = cfg.train.eval_period
     saving = cfg.train.checkpointer
@@ -213,7 +214,12 @@ def make_writers(output_dir: str, max_iter: int) -> list[EventWriter]:
     return [ConsoleWriter(max_iter), *files]
 
 
-def check(cfg: DictConfig, trainer: Trainer, evaluate: Callable[[], dict]) -> None:
+def check(
+    cfg: DictConfig,
+    trainer: Trainer,
+    evaluate: Callable[[], dict],
+    dataset: Sequence | Dataset | None,
+) -> None:
     """Make one training step and one evaluation, and say what a run of this config would be."""
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     trainer.iter = 0
@@ -225,6 +231,7 @@ def check(cfg: DictConfig, trainer: Trainer, evaluate: Callable[[], dict]) -> No
     start = time.perf_counter()
     metrics = flatten_results_dict(evaluate())
     waited = time.perf_counter() - start
+    loading = describe_loading(cfg, dataset, seconds)  # of all processes, whose samplers agree
     if not comm.is_main_process():
         return
     batch, metric = cfg.dataloader.train.total_batch_size, cfg.train.best_metric
@@ -241,10 +248,31 @@ def check(cfg: DictConfig, trainer: Trainer, evaluate: Callable[[], dict]) -> No
         or own_weights(cfg)
         or "random: train.init_checkpoint names none",
         "training": f"a step of {batch} images took {seconds:.2f} s{memory}; loss {loss:.2f}",
+        "loading": loading,
         "evaluation": f"{FEW} images of each test set took {waited:.1f} s; {metric}",
         "run": f"{steps} steps, {steps * batch / cfg.train.images:.1f} epochs; about {length}",
     }.items():
         print(f"{what:>10}: {found}")
+
+
+def describe_loading(
+    cfg: DictConfig, dataset: Sequence | Dataset | None, step_seconds: float
+) -> str:
+    """Whether images are read, composed and augmented as fast as steps use them."""
+    if dataset is None or "num_workers" not in cfg.dataloader.train:
+        return "by an outside package's loader"
+    single = copy.deepcopy(cfg)
+    workers, single.dataloader.train.num_workers = cfg.dataloader.train.num_workers, 0
+    batches = iter(build_loader(single, "train", dataset))
+    next(batches)  # sets up what is set up once
+    start = time.perf_counter()
+    count = len(next(batches))
+    rate, used = count / (time.perf_counter() - start), count / step_seconds
+    places = f"{workers} of them" if workers else "the training's own"
+    text = f"a process prepares {rate:.1f} images/s ({places}), a step uses {used:.1f}"
+    if rate * workers < used:
+        text += "; training waits for them: raise dataloader.train.num_workers"
+    return text
 
 
 def initial_weights(cfg: DictConfig) -> AbstractContextManager:

@@ -159,6 +159,8 @@ def test_check_tries_a_run_and_writes_nothing(scenes, tmp_path, capsys):
     found = capsys.readouterr().out
     for text in ("8 images for training", "weights: random", "12 steps, 3.0 epochs", "bbox/AP is"):
         assert text in found, found
+    assert "images/s (the training's own), a step uses" in found
+    assert "raise dataloader.train.num_workers" in found  # TINY has no workers
     assert not (tmp_path / "run").exists()
     assert TrainingClock._leader is not None  # a step was really made
 
