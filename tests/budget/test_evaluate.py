@@ -46,7 +46,7 @@ def test_the_study_from_trained_weights_to_its_tables(script, tmp_path, capsys):
 def test_controls_are_trained_for_one_setting_each(script, tmp_path):
     args = script.parse(["--output", str(tmp_path), "--seeds", "3", "--controls", "3"])
     runs = script.runs_of(args)
-    assert list(runs) == ["supernet", "random", "plain", *script.SEPARATE]
+    assert list(runs) == ["supernet", "sandwich", *script.SEPARATE]
     for name, (scale, knobs) in script.SEPARATE.items():
         cfg = read_config(runs[name][0].config_file, runs[name][0].overrides, "cpu")
         assert {k: list(cfg.model.supernet[k]) for k in knobs} == {k: [v] for k, v in knobs.items()}
@@ -54,4 +54,3 @@ def test_controls_are_trained_for_one_setting_each(script, tmp_path):
         assert cfg.model.multi_scale == [] and cfg.train.seed == 3
     with pytest.raises(SystemExit):
         script.parse(["--output", str(tmp_path), "--controls", "3"])
-    assert read_config(script.CONFIG, runs["plain"][0].overrides).model.supernet is None

@@ -69,6 +69,7 @@ def test_stock_launcher_trains_resumes_and_evaluates(datasets, tmp_path):
     """A supernet, whose settings belong to the model."""
     shape = ["model.backbone.vit={embed_dim:32,depth:8,num_heads:2}"]
     options = [*shape, "model.backbone.adapter.in_channels=32"]
+    options += ["model.supernet.sampling=sandwich"]
 
     def launch(*given: str) -> subprocess.CompletedProcess:
         result = run(datasets, STOCK, tmp_path, *options, *given, config=SUPERNET)
