@@ -14,7 +14,7 @@ from .criterion.set_criterion import in_fp32, pair
 from .layers import check_choice
 from .tokens import gather_tokens, prune
 
-SAMPLINGS = ("sandwich", "random")
+SAMPLINGS = ("random", "sandwich")
 DISTILLED = 30  # queries of an image, the most confident, that others learn from
 KNOBS = tuple(knob.name for knob in fields(Knobs))
 
@@ -33,8 +33,8 @@ class SupernetConfig:
     Args:
         keep_ratio, memory_ratio, top_k, decoder_layers, num_queries, vit_blocks: values of the
             :class:`Knobs` of this name; empty leaves one as it is configured.
-        sampling: "sandwich" trains the largest setting, the smallest and a random one in each
-            step, "random" one random setting at a third of the cost.
+        sampling: "random" trains one random setting in each step; "sandwich" the largest, the
+            smallest and a random one, at three times the cost.
         distillation_weight: of what the others of a sandwich learn from the largest's detections.
     """
 
@@ -44,7 +44,7 @@ class SupernetConfig:
     decoder_layers: tuple[int, ...] = ()
     num_queries: tuple[int, ...] = ()
     vit_blocks: tuple[int, ...] = ()
-    sampling: str = "sandwich"
+    sampling: str = "random"
     distillation_weight: float = 1.0
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ float32; it is calibrated on noise, but where it is evaluated on images of the t
 The folder gets deployment.md and deployment.json.
 """
 
+import itertools
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from detectron2.evaluation import inference_on_dataset
 from omegaconf import DictConfig
 from tabulate import tabulate
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..analysis import measure
 from ..analysis.peers import PEERS, Peer
@@ -127,8 +129,9 @@ FORMS: dict[str, Callable[[Subject], Detector]] = {
 
 def time_forms(subjects: dict[str, Subject], batch_sizes: list[int], rounds: int) -> list[dict]:
     """A row per model, form and batch; times in seconds, None where there is no such form."""
+    pairs = list(itertools.product(subjects, FORMS))
     forms = {
-        (name, form): subject.make(form) for name, subject in subjects.items() for form in FORMS
+        (name, form): subjects[name].make(form) for name, form in tqdm(pairs, desc="making forms")
     }
     rows = []
     for batch in batch_sizes:

@@ -41,8 +41,8 @@ MODELS = {
     "dense": lambda: tiny_model(**PLAIN),
     "dfine": lambda: tiny_model("configs/dfine/dfine_s_coco.py", **PLAIN),
     "grounding": lambda: tiny_grounding("mm-grounding-dino"),
-    "sandwich": supernet,
-    "one random setting": lambda: supernet(sampling="random"),
+    "sandwich": lambda: supernet(sampling="sandwich"),
+    "one random setting": supernet,
     "sparse": lambda: sparse_model(decoder=PLAIN, spatial_prior="flat", diversity_weight=0.1),
 }
 

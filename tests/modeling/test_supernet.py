@@ -27,7 +27,7 @@ def supernet(**settings) -> torch.nn.Module:
         freeze=None,
     )
     model.decoder.num_denoising = 0
-    model.supernet = SupernetConfig(**CHOICES | settings)
+    model.supernet = SupernetConfig(**CHOICES | {"sampling": "sandwich"} | settings)
     for module in model.train().modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
@@ -35,7 +35,7 @@ def supernet(**settings) -> torch.nn.Module:
 
 
 def test_steps_draw_alike_and_a_sandwich_has_both_ends():
-    config = SupernetConfig(**CHOICES)
+    config = SupernetConfig(**CHOICES, sampling="sandwich")
     assert config.largest == Knobs(keep_ratio=1.0, top_k=2, num_queries=30, vit_blocks=6)
     assert config.smallest == Knobs(keep_ratio=0.5, top_k=1, num_queries=10, vit_blocks=4)
     drawn = []

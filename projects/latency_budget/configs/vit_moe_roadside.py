@@ -22,7 +22,6 @@ model.supernet = L(SupernetConfig)(
     top_k=[2, 1],
     vit_blocks=[8, 6],
     decoder_layers=[3, 1],
-    sampling="random",
 )
 # The longer sides of 256 x 448 at scales of 1, .75 and .5.
 model.multi_scale = [448, 336, 224]
