@@ -129,7 +129,8 @@ def test_students_come_to_see_what_the_teacher_sees():
 
 def test_a_config_turns_it_on():
     cfg = tiny_config()
-    apply_overrides(cfg, ["model.supernet.decoder_layers=[1,2,3]"])
+    settings = ["decoder_layers=[1,2,3]", "sampling=sandwich"]
+    apply_overrides(cfg, [f"model.supernet.{setting}" for setting in settings])
     model = instantiate(cfg.model)
     assert model.supernet.choices == {"decoder_layers": (3, 2, 1)}
     assert "loss_distillation" in model.train()(make_inputs([(64, 64)]))
