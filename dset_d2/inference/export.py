@@ -6,6 +6,7 @@ predictions (``pred_logits``, ``pred_boxes`` cx, cy, w, h in [0, 1]). What it is
 within it, as JSON (:class:`ExportInfo`).
 """
 
+import copy
 import json
 import logging
 from collections import defaultdict
@@ -179,30 +180,35 @@ def export_detector(
         files = {KEY: info.to_json()}
         write_atomically(path, lambda file: torch.export.save(program, file, extra_files=files))
         return
-    proto = onnx_model(program, info, calibration)
-    if format == "onnx":
-        write_atomically(path, lambda file: file.write(proto.SerializeToString()))
-    else:
-        openvino = library("openvino")
-        converted = openvino.Core().read_model(proto.SerializeToString())
-        converted.set_rt_info(info.to_json(), [KEY])
-        openvino.save_model(converted, path, compress_to_fp16=False)
+    save_onnx(onnx_model(program, info.outputs), path, format, info, calibration)
 
 
-def onnx_model(program: ExportedProgram, info: ExportInfo, calibration: Sequence[Tensor] = ()):
-    """An ``onnx.ModelProto``, without the names of this machine's files that torch puts in."""
+def onnx_model(program: ExportedProgram, outputs: str):
+    """An ``onnx.ModelProto`` whose nodes say which module of the model they come from."""
     library("onnxscript")
-    names = list(OUTPUTS[info.outputs])
-    proto = torch.onnx.export(
+    names = list(OUTPUTS[outputs])
+    return torch.onnx.export(
         program, dynamo=True, opset_version=OPSET, input_names=["images"], output_names=names,
         verbose=False,
     ).model_proto  # fmt: skip
-    if info.precision == "int8":
-        proto = quantised(proto, calibration)
-    for node in proto.graph.node:
+
+
+def save_onnx(
+    proto, path: str | Path, format: str, info: ExportInfo, calibration: Sequence[Tensor] = ()
+) -> None:
+    """Write what :func:`onnx_model` made, which is left as it is, as an ONNX or OpenVINO file."""
+    int8 = info.precision == "int8"
+    proto = quantised(proto, calibration) if int8 else copy.deepcopy(proto)
+    for node in proto.graph.node:  # else with names of this machine's files
         del node.metadata_props[:]
     proto.metadata_props.add(key=KEY, value=info.to_json())
-    return proto
+    if format == "onnx":
+        write_atomically(path, lambda file: file.write(proto.SerializeToString()))
+        return
+    openvino = library("openvino")
+    converted = openvino.Core().read_model(proto.SerializeToString())
+    converted.set_rt_info(info.to_json(), [KEY])
+    openvino.save_model(converted, path, compress_to_fp16=False)
 
 
 def quantised(proto, calibration: Sequence[Tensor]):

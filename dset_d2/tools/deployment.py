@@ -17,7 +17,7 @@ import itertools
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -31,8 +31,8 @@ from tqdm import tqdm
 from ..analysis import measure
 from ..analysis.peers import PEERS, Peer
 from ..files import write_atomically
-from ..inference import ExportedDetector, ExportInfo, export_detector, optimize_for_inference
-from ..inference.export import FORMATS, capture, onnx_model
+from ..inference import ExportedDetector, ExportInfo, optimize_for_inference
+from ..inference.export import FORMATS, capture, onnx_model, save_onnx, trace
 from .common import (
     ConfigToolParser,
     build,
@@ -83,10 +83,14 @@ class Subject:
 
     def exported(self, format: str, precision: str = "float32") -> Detector:
         path = self.folder / f"{format}_{precision}{FORMATS[format]}"
-        info = self.info(precision)
-        calibration = self.calibration if precision == "int8" else []
-        export_detector(self.model, path, format, info, calibration)
+        save_onnx(self.onnx, path, format, self.info(precision), self.calibration)
         return ExportedDetector(path)
+
+    @cached_property
+    def onnx(self):
+        """The model of all its files; making it takes longest."""
+        info = self.info()
+        return onnx_model(trace(self.model, info), info.outputs)
 
     def make(self, form: str) -> Detector | None:
         """The form, or None with the reason among the errors."""
@@ -109,9 +113,9 @@ def compiled(subject: Subject) -> Detector:
 
 def exported_peer(subject: Subject) -> Detector:
     info = subject.info()
-    proto = onnx_model(capture(Peer(subject.peer()).graph, info), info)
+    program = capture(Peer(subject.peer()).graph, info)
     path = subject.folder / "peer.onnx"
-    write_atomically(path, lambda file: file.write(proto.SerializeToString()))
+    save_onnx(onnx_model(program, info.outputs), path, "onnx", info)
     return ExportedDetector(path)
 
 

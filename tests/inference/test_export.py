@@ -19,7 +19,7 @@ from dset_d2.inference import (
     optimize_for_inference,
 )
 from dset_d2.inference import export as export_module
-from dset_d2.inference.export import KEY, TracedDetector, agreement, onnx_model, trace
+from dset_d2.inference.export import KEY, TracedDetector, agreement, trace
 from dset_d2.modeling.sparse import MoEConfig, ViTPruningConfig
 
 from ..conftest import make_inputs, sparse_model, tiny_dinov3, tiny_model
@@ -279,7 +279,9 @@ def test_quantised_files_keep_a_float_decoder(tmp_path):
     model, said = tiny_model(num_layers=1), info(precision="int8")
     model.max_detections = 50
     images = [x["image"] for x in make_inputs([SIZE] * 4, seed=5)]
-    proto = onnx_model(trace(model, said), said, images)
+    path = tmp_path / "model.onnx"
+    export_detector(model, path, "onnx", said, images)
+    proto = onnx.load(path)
     made_by = {output: node for node in proto.graph.node for output in node.output}
 
     def quantised(*operators: str) -> list[bool]:
@@ -293,8 +295,6 @@ def test_quantised_files_keep_a_float_decoder(tmp_path):
     assert convolutions.count(False) == len(model.decoder.input_proj)
     assert 4 <= products.count(True) < products.count(False)  # of the encoder's attention and FFN
 
-    path = tmp_path / "model.onnx"
-    path.write_bytes(proto.SerializeToString())
     detector = ExportedDetector(path)
     assert detector.info.precision == "int8"
     inputs = make_inputs([SIZE])
