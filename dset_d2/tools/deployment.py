@@ -15,7 +15,7 @@ The folder gets deployment.md and deployment.json.
 
 import itertools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -92,22 +92,29 @@ class Subject:
         info = self.info()
         return onnx_model(trace(self.model, info), info.outputs)
 
-    def make(self, form: str) -> Detector | None:
-        """The form, or None with the reason among the errors."""
+    def inputs(self, batch: int) -> list[dict]:
+        return [{"image": noise_image(*self.size, seed=seed)} for seed in range(batch)]
+
+    def make(self, form: str, batch_sizes: Sequence[int] = (1,)) -> Detector | None:
+        """The form, once it ran with each batch; or None with the reason among the errors."""
         if self.peer is None and form.startswith("transformers"):
             return None
         try:
-            return FORMS[form](self)
+            detector = FORMS[form](self)
+            with torch.inference_mode():
+                for batch in batch_sizes:
+                    detector(self.inputs(batch))
         except Exception as error:  # of all the libraries
             self.errors[form] = in_one_line(error)
             return None
+        return detector
 
 
 def compiled(subject: Subject) -> Detector:
     torch._inductor.config.freezing = True  # weights are constants
+    torch._dynamo.config.recompile_limit = 64  # models and batches are variants of the same code
     model = optimize_for_inference(subject.model)
     model.predict = torch.compile(model.predict, fullgraph=True, dynamic=False)
-    model([{"image": noise_image(*subject.size, seed=0)}])  # what cannot be compiled fails here
     return model
 
 
@@ -135,16 +142,15 @@ def time_forms(subjects: dict[str, Subject], batch_sizes: list[int], rounds: int
     """A row per model, form and batch; times in seconds, None where there is no such form."""
     pairs = list(itertools.product(subjects, FORMS))
     forms = {
-        (name, form): subjects[name].make(form) for name, form in tqdm(pairs, desc="making forms")
+        (name, form): subjects[name].make(form, batch_sizes)
+        for name, form in tqdm(pairs, desc="making forms")
     }
     rows = []
     for batch in batch_sizes:
         calls = {}
         for (name, form), detector in forms.items():
-            size = subjects[name].size
-            inputs = [{"image": noise_image(*size, seed=seed)} for seed in range(batch)]
             if detector is not None:
-                calls[f"{name}\n{form}"] = partial(detector, inputs)
+                calls[f"{name}\n{form}"] = partial(detector, subjects[name].inputs(batch))
         with torch.inference_mode():
             latencies = measure(calls, rounds, min(WARMUP, rounds))
         for name, form in forms:
