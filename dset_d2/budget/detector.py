@@ -104,11 +104,9 @@ class DetectorSubject:
         height, width = self.scaled(tuple(padded), setting)
         return f"{len(batch)}x3x{height}x{width}"
 
-    def scaled(self, size: tuple[int, ...], setting: Setting) -> tuple[int, int]:
-        """The (height, width) that an input is resized to, in whole multiples."""
-        divisor = self.model.size_divisibility
-        height, width = (max(1, round(side * setting[SCALE] / divisor)) * divisor for side in size)
-        return height, width
+    def scaled(self, size: Sequence[int], setting: Setting) -> tuple[int, int]:
+        """The (height, width) that an input is resized to."""
+        return scaled_size(size, setting[SCALE], self.model.size_divisibility)
 
     @torch.no_grad()
     def begin(self, item: Any, setting: Setting) -> DetectorState:
@@ -132,6 +130,12 @@ class DetectorSubject:
 
 def as_batch(item: Any) -> list[dict]:
     return item if isinstance(item, list) else [item]
+
+
+def scaled_size(size: Sequence[int], scale: float, divisor: int) -> tuple[int, int]:
+    """A (height, width) at a scale, in whole multiples of the divisor."""
+    height, width = (max(1, round(side * scale / divisor)) * divisor for side in size)
+    return height, width
 
 
 def knobs_of(setting: Setting) -> Knobs:

@@ -37,6 +37,7 @@ from dset_d2.budget.comparison import (
     spaced_budgets,
     teach,
 )
+from dset_d2.budget.detector import scaled_size
 from dset_d2.synthetic import write_dataset
 from dset_d2.tools.common import (
     ToolParser,
@@ -61,6 +62,7 @@ SEPARATE = {
     "middle": (0.75, dict(keep_ratio=0.5, top_k=2, vit_blocks=8)),
     "small": (0.5, dict(keep_ratio=0.5, top_k=1, vit_blocks=6)),
 }
+DIVISOR = 32  # of sides of images, for the config's model
 WEIGHTS = "model_final.pth"
 
 
@@ -104,7 +106,7 @@ def runs_of(args: argparse.Namespace) -> dict[str, list[Run]]:
         variants["sandwich"] = ["model.supernet.sampling=sandwich", "train.epochs=5"]
         full_size = image_size(read_config(CONFIG, args.opts, args.device))
         for name, (scale, knobs) in SEPARATE.items():
-            size = [round(side * scale / 32) * 32 for side in full_size]
+            size = list(scaled_size(full_size, scale, DIVISOR))
             variants[name] = [
                 *(f"model.supernet.{knob}=[{value}]" for knob, value in knobs.items()),
                 "model.multi_scale=[]",
