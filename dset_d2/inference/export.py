@@ -143,12 +143,12 @@ def trace(model: DETRDetector, info: ExportInfo) -> ExportedProgram:
 
 
 @torch.no_grad()
-def capture(graph: nn.Module, info: ExportInfo) -> ExportedProgram:
-    """The operators of a module that takes (B, 3, H, W) uint8 images."""
-    dims: dict[int, Dim] = {0: Dim("batch", min=1, max=MAX_BATCH)}
+def capture(graph: nn.Module, info: ExportInfo, batch: int | None = None) -> ExportedProgram:
+    """The operators of a module that takes (B, 3, H, W) uint8 images; of any B, or of ``batch``."""
+    dims: dict[int, Dim] = {} if batch else {0: Dim("batch", min=1, max=MAX_BATCH)}
     if info.dynamic_size:
         dims |= {2: info.divisor * Dim("rows", min=2), 3: info.divisor * Dim("columns", min=2)}
-    images = torch.zeros(2, 3, *info.image_size, dtype=torch.uint8)
+    images = torch.zeros(batch or 2, 3, *info.image_size, dtype=torch.uint8)
     return torch.export.export(graph, (images,), dynamic_shapes=(dims,), strict=False)
 
 

@@ -11,9 +11,8 @@ from dset_d2.analysis.peers import PEERS, Peer
 from dset_d2.inference.export import agreement
 from dset_d2.synthetic import write_dataset
 from dset_d2.tools import deployment
-from dset_d2.tools.common import read_config
 
-from ..conftest import NARROW, make_inputs, randomise
+from ..conftest import NARROW, make_inputs, randomise, tiny_model
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -53,15 +52,45 @@ def test_every_form_is_timed_and_evaluated(tmp_path, monkeypatch, capsys):
     assert not any("transformers" in line for line in text.splitlines() if "dset_r18" in line)
 
 
-def test_files_are_a_form(tmp_path):
-    cfg = read_config(CONFIG, SMALL, "cpu")
-    subject = deployment.make_subject("dset", cfg, tmp_path / "files")
-    inputs = make_inputs([(64, 96)])
-    forms = {form: subject.make(form) for form in ("eager", "onnxruntime", "transformers")}
-    assert forms.pop("transformers") is None and not subject.errors
-    with torch.inference_mode():
-        found, expected = (detector(inputs)[0]["instances"] for detector in forms.values())
-    assert agreement(found, expected) > 0.97
+def tiny_peer() -> torch.nn.Module:
+    transformers = pytest.importorskip("transformers")
+    backbone = transformers.RTDetrResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16, 16, 16],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    config = transformers.RTDetrV2Config(
+        backbone_config=backbone,
+        encoder_in_channels=[16] * 3,
+        decoder_in_channels=[32] * 3,
+        d_model=32,
+        encoder_hidden_dim=32,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        decoder_layers=2,
+        initializer_range=0.2,
+        num_labels=3,
+        num_queries=20,
+        anchor_image_size=None,
+    )
+    return transformers.RTDetrV2ForObjectDetection(config)
+
+
+def test_files_are_forms(tmp_path):
+    model = tiny_model(num_layers=1)
+    network = tiny_peer()
+    subject = deployment.Subject(model, ("car",), (64, 96), tmp_path, [], lambda: network)
+    inputs = make_inputs([(64, 96)] * 2)
+    pairs = {"eager": "onnxruntime", "transformers": "transformers, onnxruntime"}
+    for pair in pairs.items():
+        detectors = [subject.make(form, (2,)) for form in pair]
+        assert not subject.errors
+        with torch.inference_mode():
+            expected, found = (detector(inputs) for detector in detectors)
+        for one, other in zip(found, expected):
+            assert agreement(one["instances"], other["instances"]) > 0.97
 
 
 @pytest.mark.parametrize("name", PEERS)
