@@ -3,7 +3,7 @@
 import glob
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,9 +39,12 @@ def is_video(source: str) -> bool:
     return bool(STREAM.match(source)) or Path(source).suffix.lower() in VIDEOS
 
 
-def find_sources(paths: Sequence[str | Path]) -> list[str]:
+def find_sources(paths: Sequence[str | Path], kinds: Set[str] = IMAGES | VIDEOS) -> list[str]:
     """Files, folders and patterns (``photos/*.jpg``) as single sources, in order of their names;
     addresses of streams (``rtsp://...``) as they are.
+
+    Args:
+        kinds: suffixes of the files of a folder that are sources.
 
     Raises:
         DataError: if there is nothing by one of the names.
@@ -52,7 +55,7 @@ def find_sources(paths: Sequence[str | Path]) -> list[str]:
             found.append(path)
         elif Path(path).is_dir():
             files = sorted(Path(path).iterdir())
-            inside = [str(file) for file in files if file.suffix.lower() in IMAGES | VIDEOS]
+            inside = [str(file) for file in files if file.suffix.lower() in kinds]
             if not inside:
                 raise DataError(f"{path}: holds no image")
             found += inside

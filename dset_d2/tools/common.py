@@ -25,8 +25,9 @@ from ..checkpoint import load_upstream
 from ..config import PACKAGE, apply_overrides, load_config
 from ..data.checks import count_classes
 from ..data.coco import to_coco
-from ..data.frames import IMAGES
+from ..data.frames import IMAGES, find_sources
 from ..data.mapper import read_picture
+from ..data.reading import DataError
 from ..files import write_atomically
 
 OVERRIDE = re.compile(r"\+?[\w.]+=")
@@ -270,19 +271,11 @@ def check_output(output: Path, inputs: Iterable[str | Path]) -> None:
 
 
 def image_files(paths: list[Path]) -> list[dict]:
-    """Dataset dicts of image files, and of the images of folders in order of their names."""
-    files = []
-    for path in paths:
-        if path.is_dir():
-            found = sorted(f for f in path.iterdir() if f.suffix.lower() in IMAGES)
-            if not found:
-                raise UsageError(f"{path}: holds no image")
-            files += found
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise UsageError(f"{path}: no such file or folder")
-    return [{"file_name": str(file)} for file in files]
+    """Dataset dicts of image files, patterns, and the images of folders in order of their names."""
+    try:
+        return [{"file_name": source} for source in find_sources(paths, IMAGES)]
+    except DataError as error:
+        raise UsageError(str(error)) from error
 
 
 def read_images(dataset_dicts: Iterable[dict]) -> Iterator[tuple[dict, np.ndarray]]:

@@ -53,7 +53,7 @@ from .common import (
 
 Detector = Callable[[list[dict]], list[dict]]
 CALIBRATION = 32  # images
-WARMUP = 3  # rounds
+WARMUP = 2  # rounds
 LIBRARIES = ("torch", "transformers", "onnxruntime", "openvino", "nncf")
 
 
@@ -218,27 +218,37 @@ def versions() -> dict[str, str]:
 
 
 def table(rows: list[dict], evaluated: list[dict]) -> str:
-    """Milliseconds, and the speed beside eager and beside the peer of the same model and batch; AP;
-    why there are blanks."""
-    seconds = {(x["config"], x["form"], x["batch_size"]): x["seconds"] for x in rows}
-    lines = []
-    for row in rows:
-        name, form, batch, own = (row[key] for key in ("config", "form", "batch_size", "seconds"))
-        if own is None and row["error"] is None:
-            continue  # a network that the peer does not have
-        ratios = (seconds[name, other, batch] for other in ("eager", "transformers"))
-        cells = [f"{other / own:.2f}" if own and other else "" for other in ratios]
-        lines.append((name, form, batch, f"{1e3 * own:.1f}" if own else "", *cells))
-    columns = ("config", "form", "batch", "ms", "times eager's speed", "times transformers'")
-    texts = [tabulate(lines, columns, tablefmt="github", disable_numparse=True)]
-    scores = [(row["form"], f"{row['AP']:.2f}") for row in evaluated if row["AP"] is not None]
-    if scores:
-        heads = "form", f"AP of {evaluated[0]['config']}"
-        texts.append(tabulate(scores, heads, tablefmt="github", disable_numparse=True))
-    failed = [row for row in [*rows, *evaluated] if row["error"]]
-    return "\n\n".join(
-        texts + sorted({f"{x['config']}, {x['form']}: {x['error']}" for x in failed})
+    """A table per batch, and why there are blanks: each model's milliseconds in every form, with
+    the speed in units of the first form that it has; in the first table the APs, too."""
+    forms, names, batches = (
+        list(dict.fromkeys(row[key] for row in rows)) for key in ("form", "config", "batch_size")
     )
+    seconds = {(x["form"], x["config"], x["batch_size"]): x["seconds"] for x in rows}
+    scores = {row["form"]: row["AP"] for row in evaluated}
+    texts = []
+    for batch in batches:
+        units = {
+            name: next(filter(None, (seconds[x, name, batch] for x in forms)), 0.0)
+            for name in names
+        }
+        lines = []
+        for form in forms:
+            times = {name: seconds[form, name, batch] for name in names}
+            line = [
+                form,
+                *(x and f"{1e3 * x:.0f} ({units[name] / x:.2f})" for name, x in times.items()),
+            ]
+            if scores and batch == batches[0]:
+                line.append(scores[form] and f"{scores[form]:.1f}")
+            lines.append(line)
+        heads = [f"batch {batch}: ms (speed)", *names]
+        if scores and batch == batches[0]:
+            heads.append(f"AP of {Path(evaluated[0]['config']).stem}")
+        texts.append(tabulate(lines, heads, tablefmt="github", disable_numparse=True))
+    failed = {
+        f"{x['config']}, {x['form']}: {x['error']}" for x in [*rows, *evaluated] if x["error"]
+    }
+    return "\n\n".join([*texts, *sorted(failed)])
 
 
 def write_report(output: Path, about: dict, rows: list[dict], evaluated: list[dict]) -> str:
@@ -257,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = ConfigToolParser(__doc__, several=True)
     parser.add_argument("--output", type=Path, required=True, help="folder")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--trained", nargs=2, metavar=("CONFIG", "WEIGHTS"), help="gives the AP")
     args = parser.parse_args(argv)
     if min(args.rounds, *args.batch_size) < 1:
@@ -271,17 +281,18 @@ def main(argv: list[str] | None = None) -> None:
     }
     configs = read_configs(args.config_file, args.opts, "cpu")
     args.output.mkdir(parents=True, exist_ok=True)
+    evaluated = []
     with tempfile.TemporaryDirectory() as folder:
+        if args.trained:  # first, since it is short and what is asked for may be wrong
+            path, weights = args.trained
+            evaluated = evaluate_forms(path, weights, args.output, Path(folder, "trained"))
+            write_report(args.output, about, [], evaluated)
         subjects = {
             name: make_subject(name, cfg, Path(folder, str(index)))
             for index, (name, cfg) in enumerate(configs.items())
         }
         rows = time_forms(subjects, args.batch_size, args.rounds)
-        text = write_report(args.output, about, rows, [])  # not to be lost with the evaluation
-        if args.trained:
-            path, weights = args.trained
-            evaluated = evaluate_forms(path, weights, args.output, Path(folder, "trained"))
-            text = write_report(args.output, about, rows, evaluated)
+    text = write_report(args.output, about, rows, evaluated)
     print(text)
 
 

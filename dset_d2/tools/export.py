@@ -10,9 +10,9 @@ predicts. It is then run on the first images of the config's test set, or those 
 least 0.99 and scores within 0.001. --evaluate adds the AP of both on the test set. A file that
 differs is reported as an error, and stays for examination.
 
---int8 quantises the backbone and the encoder, whose ranges of values it learns from images of the
-training set or of --calibration; the decoder stays in float32. Such a file differs: --evaluate
-tells what that costs. It runs faster on CPUs with instructions for it (VNNI), or not at all so.
+--int8 (OpenVINO) quantises the backbone and the encoder, whose ranges of values it learns from
+images of the training set or of --calibration; the decoder and experts stay in float32. Such a file
+differs: --evaluate tells what that costs. It is faster on CPUs with instructions for it (VNNI).
 
 Experts compute only the rows that are routed to them; model.encoder.moe.dispatch=dense (also
 decoder, backbone) exports the form that runs all experts on all rows instead.
@@ -104,8 +104,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if min(args.num_images, args.num_calibration) < 1:
         parser.error("--num-images and --num-calibration must be positive")
-    if args.int8 and args.format == "torch_export":
-        parser.error("--int8 goes with --format onnx and openvino")
+    if args.int8 and args.format != "openvino":
+        parser.error("--int8 goes with --format openvino")
     if args.output.suffix != FORMATS[args.format]:
         parser.error(f"--output {args.output}: must end in {FORMATS[args.format]}")
     images, others = image_files(args.input), image_files(args.calibration)
