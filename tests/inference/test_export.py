@@ -39,7 +39,6 @@ SIZE = (96, 128)
 NAMES = tuple("abcde")
 # An export takes as long as there are operators, so models are shallow.
 FAMILIES = {
-    "RT-DETR": lambda: tiny_model(num_layers=1),
     "D-FINE": lambda: tiny_model("configs/dfine/dfine_n_coco.py", num_layers=2),
     "pruned ViT": lambda: tiny_dinov3(
         depth=4,
