@@ -499,14 +499,9 @@ def test_pruning_saves_what_it_says():
 def test_one_graph_with_a_static_number_of_tokens():
     pruning = [place(), place(3, 0.4, scorer="attention"), place(4, 0.3)]
     model = tiny_dinov3(pruning=pruning, moe=MoEConfig(num_experts=2, layers=(3,))).eval()
-    knobs = Knobs(decoder_layers=1)  # its layers are all alike
-    expected = model.predict(IMAGE, knobs=knobs)
-    compiled = torch.compile(model.predict, fullgraph=True, backend="eager")
+    exported = torch.export.export(model.backbone, (IMAGE,)).module()
     with torch.no_grad():
-        torch.testing.assert_close(compiled(IMAGE, knobs=knobs), expected, rtol=1e-4, atol=1e-5)
-        exported = torch.export.export(model.backbone, (IMAGE,)).module()
         torch.testing.assert_close(exported(IMAGE), model.backbone(IMAGE), rtol=1e-4, atol=1e-5)
-    torch._dynamo.reset()
 
 
 def test_windows_make_one_graph():
